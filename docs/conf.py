@@ -1,0 +1,36 @@
+import scivi
+
+project = "SciVI"
+author = "The SciVI developers"
+copyright = "The SciVI developers"
+version = release = scivi.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "jupyter_execute", ".jupyter_cache"]
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"SciVI {release}"
+html_static_path = ["_static"]
+html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
+html_sidebars = {"**": []}
+
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+# "cache" runs the pages with code when they have changed; a page whose code fails then does not build.
+nb_execution_mode = "off"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+autodoc_typehints = (
+    "none"  # the signature of a public name is in its docstring's words; shapes are in the source
+)
+autodoc_member_order = "bysource"

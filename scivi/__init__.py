@@ -1,0 +1,70 @@
+"""Fit a scientist's generative model by amortised variational inference, and say whether to believe it.
+
+Public names are resolved on first use, so that ``scivi.analysis`` loads on a machine without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scivi import analysis, errors, models
+    from scivi.inference.draws import draw, predict, simulate
+    from scivi.inference.loop import fit, train
+    from scivi.inference.nuts import nuts
+    from scivi.inference.plan import Plan
+    from scivi.inference.state import Fit, load, save
+    from scivi.inputs.fields import Field
+    from scivi.laws import check
+    from scivi.models.template import Template
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Field",
+    "Fit",
+    "Plan",
+    "Template",
+    "analysis",
+    "check",
+    "draw",
+    "errors",
+    "fit",
+    "load",
+    "models",
+    "nuts",
+    "predict",
+    "save",
+    "simulate",
+    "train",
+]
+
+_HOMES = {
+    "Field": "scivi.inputs.fields",
+    "Template": "scivi.models.template",
+    "Plan": "scivi.inference.plan",
+    "Fit": "scivi.inference.state",
+    "simulate": "scivi.inference.draws",
+    "check": "scivi.laws",
+    "fit": "scivi.inference.loop",
+    "train": "scivi.inference.loop",
+    "draw": "scivi.inference.draws",
+    "predict": "scivi.inference.draws",
+    "nuts": "scivi.inference.nuts",
+    "save": "scivi.inference.state",
+    "load": "scivi.inference.state",
+}
+_MODULES = ("analysis", "errors", "models")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"scivi.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f'module "scivi" has no attribute "{name}"; it has {", ".join(__all__)}.')
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,189 @@
+"""Read a result tree: its groups, its rows, its variables entry by entry in bounded memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from scivi.errors import DataError
+
+SAMPLE = ("chain", "draw")
+BLOCK = 2_000_000  # numbers held at once: 16 MB as float64, our choice
+
+_MAKER = {
+    "posterior": "scivi.draw",
+    "prior": "scivi.draw",
+    "posterior_predictive": "scivi.predict",
+    "log_likelihood": "scivi.draw",
+    "observed_data": "scivi.draw",
+    "sample_stats": "scivi.draw",
+    "history": "scivi.draw of a fit (NUTS has no history)",
+}
+
+
+def has(tree: xr.DataTree, name: str, *variables: str) -> bool:
+    """Say whether a group exists and holds all the named variables."""
+    return name in tree.children and all(v in tree[name].dataset for v in variables)
+
+
+def group(tree: xr.DataTree, name: str, *variables: str) -> xr.Dataset:
+    """Return one group of the tree.
+
+    Raises:
+        DataError: the group, or a variable needed from it, is missing.
+    """
+    if name not in tree.children:
+        raise DataError(
+            f'the tree has no group "{name}"; it has {sorted(tree.children)}. '
+            f"Make one with {_MAKER.get(name, 'scivi.draw')}."
+        )
+    found = tree[name].to_dataset(inherit=False)
+    missing = [v for v in variables if v not in found]
+    if missing:
+        raise DataError(
+            f'group "{name}" lacks {missing}; it has {sorted(map(str, found.data_vars))}. '
+            f"Make the tree again with {_MAKER.get(name, 'scivi.draw')}."
+        )
+    return found
+
+
+def provenance(tree: xr.DataTree) -> dict[str, Any]:
+    """Return the tree's provenance, empty if it has none."""
+    stored = tree.attrs.get("provenance", "{}")
+    return json.loads(stored) if isinstance(stored, str) else dict(stored)
+
+
+def site_dims(array: xr.DataArray) -> tuple[str, ...]:
+    """Dims of an array other than chain and draw."""
+    return tuple(str(d) for d in array.dims if d not in SAMPLE)
+
+
+def row_dim(tree: xr.DataTree) -> str | None:
+    """The dim whose entries are the rows of the data, or None if the tree does not say."""
+    if "sample_stats" in tree.children:
+        stats = tree["sample_stats"].dataset
+        for name in ("row_log_weight", "outside"):
+            if name in stats and site_dims(stats[name]):
+                return site_dims(stats[name])[0]
+    declared = provenance(tree).get("data", {}).get("rows")
+    if declared:
+        return declared if isinstance(declared, str) else declared[0]
+    for name in ("log_likelihood", "observed_data"):
+        if name in tree.children:
+            for array in tree[name].dataset.data_vars.values():
+                if site_dims(array):
+                    return site_dims(array)[0]
+    return None
+
+
+def local_rows(tree: xr.DataTree) -> int:
+    """Number of rows that have latents of their own (0: all latents are shared)."""
+    if not has(tree, "sample_stats", "row_log_weight"):
+        return 0
+    weight = tree["sample_stats"].dataset["row_log_weight"]
+    return int(np.prod([weight.sizes[d] for d in site_dims(weight)]))
+
+
+def population_names(tree: xr.DataTree) -> list[str]:
+    """Numeric posterior variables that do not run over rows."""
+    row = row_dim(tree)
+    return [name for name, array in numeric(group(tree, "posterior")).items() if row not in array.dims]
+
+
+def local_names(tree: xr.DataTree) -> list[str]:
+    """Numeric posterior variables that run over rows."""
+    row = row_dim(tree)
+    return [name for name, array in numeric(group(tree, "posterior")).items() if row in array.dims]
+
+
+def numeric(dataset: xr.Dataset) -> dict[str, xr.DataArray]:
+    """The variables of a dataset that hold numbers, by name."""
+    return {str(name): array for name, array in dataset.data_vars.items() if array.dtype.kind in "fiub"}
+
+
+def label(array: xr.DataArray, flat: int) -> str:
+    """Name one entry of an array without sample dims, as ArviZ does: ``theta[Choate]``."""
+    if not array.dims:
+        return str(array.name)
+    where = np.unravel_index(int(flat), array.shape)
+    parts = [
+        str(array[d].values[i]) if d in array.coords else str(i)
+        for d, i in zip(array.dims, where, strict=True)
+    ]
+    return f"{array.name}[{', '.join(parts)}]"
+
+
+def labels(array: xr.DataArray) -> list[str]:
+    """Names of all entries, in C order."""
+    return [label(array, i) for i in range(array.size)]
+
+
+def blocks(array: xr.DataArray, block: int = BLOCK) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield an array in pieces along its longest site dim, each (chain, draw, *site dims) float64.
+
+    A lazily opened array is read one piece at a time.
+    """
+    rest = site_dims(array)
+    array = array.transpose(*SAMPLE, *rest)
+    if not rest:
+        yield slice(None), array.values.astype(np.float64)
+        return
+    axis = longest(array)
+    step = max(1, block * array.sizes[axis] // max(array.size, 1))
+    for start in range(0, array.sizes[axis], step):
+        piece = slice(start, start + step)
+        yield piece, array.isel({axis: piece}).values.astype(np.float64)
+
+
+def longest(array: xr.DataArray) -> str:
+    """The longest site dim."""
+    return max(site_dims(array), key=lambda d: array.sizes[d])
+
+
+def entrywise(
+    array: xr.DataArray, statistic: Callable[[np.ndarray], dict[str, np.ndarray]], block: int = BLOCK
+) -> xr.Dataset:
+    """Apply a statistic to every entry of a variable.
+
+    Args:
+        array: dims (chain, draw, *site dims).
+        statistic: takes (chain, draw, n) and returns named arrays of n numbers.
+        block: numbers held in memory at once.
+
+    Returns:
+        One variable per statistic, with the site dims and their coordinates.
+    """
+    rest = site_dims(array)
+    parts: dict[str, list[np.ndarray]] = {}
+    for _, piece in blocks(array, block):
+        for name, values in statistic(piece.reshape(*piece.shape[:2], -1)).items():
+            parts.setdefault(name, []).append(np.asarray(values).reshape(piece.shape[2:]))
+    axis = rest.index(longest(array)) if rest else 0
+    joined = {k: np.concatenate(v, axis=axis) if rest else v[0] for k, v in parts.items()}
+    coords = {d: array.coords[d] for d in rest if d in array.coords}
+    return xr.Dataset({k: (rest, v) for k, v in joined.items()}, coords=coords)
+
+
+def moments(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean and sd over chain and draw of each entry, (chain, draw, n) -> n."""
+    return {"mean": values.mean((0, 1)), "sd": values.std((0, 1))}
+
+
+def worst(array: xr.DataArray, values: np.ndarray) -> tuple[float, str]:
+    """The largest of the values (NaN loses), in C order of the site dims, and the label of its entry."""
+    flat = np.asarray(values, float).ravel()
+    if not np.isfinite(flat).any():
+        return float("nan"), ""
+    where = int(np.nanargmax(np.where(np.isfinite(flat), flat, -np.inf)))
+    template = array.isel(dict.fromkeys(SAMPLE, 0), missing_dims="ignore")
+    return float(flat[where]), label(template.transpose(*site_dims(array)), where)
+
+
+def table(dim: str, names: list[str], columns: dict[str, Any], **attrs: Any) -> xr.Dataset:
+    """A Dataset with one dim: a row per name, a variable per column."""
+    data = {k: (dim, np.asarray(v, dtype=bool if k == "ok" else None)) for k, v in columns.items()}
+    return xr.Dataset(data, coords={dim: np.asarray(names, dtype=str)}, attrs=attrs)

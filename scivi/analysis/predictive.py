@@ -1,0 +1,207 @@
+"""Does the posterior predict the data: PIT, predictive checks, leave-one-out density."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import xarray as xr
+from scipy.special import logsumexp
+
+from scivi.analysis import groups, pareto
+from scivi.analysis.calibration import ALPHA, rank_among, uniformity
+
+
+def pit_values(tree: xr.DataTree, *, seed: int = 0) -> xr.Dataset:
+    """Probability integral transform of each observed value under its posterior predictive draws.
+
+    u = (number below + U (number equal + 1)) / (S + 1), U uniform: randomised, so that counts give uniform u
+    too.
+
+    Returns:
+        The observed fields that have predictive draws, with their dims; NaN where the observation is missing.
+    """
+    predictive, observed = groups.group(tree, "posterior_predictive"), groups.group(tree, "observed_data")
+    rng, found = np.random.default_rng(seed), {}
+    for name, array in groups.numeric(predictive).items():
+        if name in observed:
+            draws, seen = xr.align(array, observed[name], join="inner")
+            rank = rank_among(draws, seen, rng)
+            found[name] = (rank + rng.random(rank.shape)) / (array.sizes["chain"] * array.sizes["draw"] + 1)
+    return xr.Dataset(found)
+
+
+def pit(tree: xr.DataTree, *, prob: float = 0.99, seed: int = 0) -> xr.Dataset:
+    """Are observations where the posterior predictive expects them.
+
+    Args:
+        tree: with groups posterior_predictive (from ``predict``) and observed_data.
+        prob: probability that a right model passes.
+        seed: of the randomisation.
+
+    Returns:
+        Dim variable, one entry per observed field: n, distance and share_of_band (as in `sbc`), tail_share
+        (of values in the outer 5 % on either side; 0.1 if uniform), ok.
+
+    Notes:
+        The posterior has seen the data, so u is somewhat too central even for a right model; where rows have
+        latents of their own, strongly so. There only the opposite is a fault, and ok tests nothing but too
+        large a tail_share. For globals alone use `arviz_stats.loo_pit`, which leaves each observation out.
+    """
+    from scipy.stats import binom
+
+    local, names, records = groups.local_rows(tree) > 0, [], []
+    for name, array in pit_values(tree, seed=seed).data_vars.items():
+        values = array.values.ravel()
+        values = values[np.isfinite(values)]
+        record = uniformity(values, prob)
+        extreme = int((np.abs(values - 0.5) > 0.45).sum())
+        if local and values.size:
+            record["ok"] = bool(binom.sf(extreme - 1, values.size, 0.1) >= 1 - prob)
+        names.append(str(name))
+        records.append(record | {"tail_share": extreme / max(values.size, 1)})
+    columns = {
+        key: [r[key] for r in records] for key in ("n", "distance", "share_of_band", "tail_share", "ok")
+    }
+    return groups.table("variable", names, columns, prob=prob, one_sided=int(local))
+
+
+def _zero_fraction(x: np.ndarray) -> np.ndarray:
+    return (x == 0).mean(-1)
+
+
+STATISTICS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean": lambda x: x.mean(-1),
+    "sd": lambda x: x.std(-1),
+    "zero fraction": _zero_fraction,
+    "max": lambda x: x.max(-1),
+}
+
+
+def predictive_check(
+    tree: xr.DataTree,
+    statistics: Mapping[str, Callable[[np.ndarray], np.ndarray]] = STATISTICS,
+    *,
+    alpha: float = ALPHA,
+) -> xr.Dataset:
+    """Compare statistics of the data with those of replicated data.
+
+    p = P(T(replicated) > T(observed)) + P(equal) / 2; two-sided, ok if 2 min(p, 1 - p) >= alpha.
+
+    Args:
+        tree: with groups posterior_predictive and observed_data.
+        statistics: name -> function of (draws, n) that returns (draws,); missing observations are left out on
+            both sides.
+        alpha: level.
+
+    Returns:
+        Dim variable, one entry per field and statistic ("n_on: max"): observed, replicated_mean,
+        replicated_sd, p_value, ok.
+
+    References:
+        Gelman, Meng, Stern (1996), Statistica Sinica 6:733.
+    """
+    predictive, observed = groups.group(tree, "posterior_predictive"), groups.group(tree, "observed_data")
+    names, rows = [], []
+    for field, array in groups.numeric(predictive).items():
+        if field not in observed:
+            continue
+        draws, seen = xr.align(array, observed[field], join="inner")
+        rest = groups.site_dims(draws)
+        flat_seen = seen.transpose(*rest).values.ravel().astype(float)
+        there = np.isfinite(flat_seen)
+        if not there.any():
+            continue
+        replicated = {name: [] for name in statistics}
+        for part in _by_draw(draws):
+            for name, statistic in statistics.items():
+                replicated[name].append(statistic(part[:, there]))
+        for name, statistic in statistics.items():
+            real, copies = float(statistic(flat_seen[None, there])[0]), np.concatenate(replicated[name])
+            p = float((copies > real).mean() + (copies == real).mean() / 2)
+            names.append(f"{field}: {name}")
+            rows.append((real, copies.mean(), copies.std(), p, 2 * min(p, 1 - p) >= alpha))
+    keys = ("observed", "replicated_mean", "replicated_sd", "p_value", "ok")
+    columns = {key: [row[i] for row in rows] for i, key in enumerate(keys)}
+    return groups.table("variable", names, columns, alpha=alpha)
+
+
+def _by_draw(array: xr.DataArray) -> Iterator[np.ndarray]:
+    """Yield (some draws, all entries) at a time."""
+    rest = groups.site_dims(array)
+    array = array.transpose(*groups.SAMPLE, *rest)
+    entries = max(int(np.prod([array.sizes[d] for d in rest])), 1)
+    step = max(1, groups.BLOCK // entries)
+    for chain in range(array.sizes["chain"]):
+        for start in range(0, array.sizes["draw"], step):
+            part = array.isel(chain=chain, draw=slice(start, start + step)).values
+            yield part.reshape(part.shape[0], -1).astype(float)
+
+
+def loo(tree: xr.DataTree, *, threshold: float = 0.7) -> xr.Dataset:
+    """Expected log predictive density of a row left out, corrected for the approximation.
+
+    Rows without latents of their own, per observed site: with r_s = p(x, theta_s) / q(theta_s) / p(x_i |
+    theta_s), smoothed and normalised, elpd_i = log sum_s r_s p(x_i | theta_s) (Magnusson et al. 2019; the
+    numbers of `arviz_stats.loo_approximate_posterior`, or for NUTS of `arviz_stats.loo`).
+
+    Rows with latents of their own, all observed sites together: p(x_i | z_i, theta) is not the density of a
+    left-out row, since z_i has seen x_i, and the joint ratio p / q over all rows drowns in the other rows'
+    noise. Instead z_i is integrated by the row's own weights, elpd_i = log mean_s exp(row_log_weight), for
+    which the normaliser is known. The globals are not left out: the sum is too large by about one nat per
+    well-determined global.
+
+    Args:
+        tree: with log_likelihood, or sample_stats/row_log_weight.
+        threshold: largest k-hat of a row to accept.
+
+    Returns:
+        Dim variable, one entry per observed site (or the one entry "row"): elpd, se, p_loo (NaN where rows
+        have latents), n, bad_share (of rows with k-hat above threshold), ok (none above one per cent).
+        elpd_<site> and k_hat_<site> per row.
+
+    Raises:
+        DataError: neither group is there.
+
+    References:
+        Magnusson, Andersen, Jonasson, Vehtari (2019), ICML, arXiv:1904.10679.
+        Vehtari, Gelman, Gabry (2017), Statistics and Computing 27:1413, arXiv:1507.04544.
+    """
+    if groups.has(tree, "sample_stats", "row_log_weight"):
+        sites = {"row": groups.group(tree, "sample_stats")["row_log_weight"]}
+        kind = "row latents integrated"
+    else:
+        sites, kind = groups.numeric(groups.group(tree, "log_likelihood")), "leave-one-out"
+    correction = None
+    if kind == "leave-one-out" and groups.has(tree, "sample_stats", "lp", "log_q"):
+        stats = tree["sample_stats"].dataset
+        correction = (
+            (stats["lp"].astype(float) - stats["log_q"].astype(float)).transpose(*groups.SAMPLE).values
+        )
+
+    def judge(values: np.ndarray) -> dict[str, np.ndarray]:
+        flat = values.reshape(-1, values.shape[2]).T  # (row, all draws)
+        lppd = logsumexp(flat, axis=-1) - np.log(flat.shape[1])
+        if kind != "leave-one-out":
+            smoothed, k_hat = pareto.smooth(flat)
+            return {"elpd": lppd, "k_hat": k_hat, "p_loo": np.full(len(lppd), np.nan)}
+        ratio = -flat + (0.0 if correction is None else correction.ravel() - correction.max())
+        smoothed, k_hat = pareto.smooth(ratio)
+        elpd = logsumexp(smoothed + flat, axis=-1)
+        return {"elpd": elpd, "k_hat": k_hat, "p_loo": lppd - elpd}
+
+    names, rows, pointwise = [], [], {}
+    for name, array in sites.items():
+        found = groups.entrywise(array, judge)
+        elpd = found["elpd"].values.ravel()
+        there = np.isfinite(elpd)
+        n, bad = int(there.sum()), float((found["k_hat"].values.ravel()[there] > threshold).mean())
+        p_loo = float(found["p_loo"].sum(skipna=kind == "leave-one-out"))
+        rows.append((elpd[there].sum(), np.sqrt(n * elpd[there].var()), p_loo, n, bad, bad <= 0.01))
+        names.append(name)
+        pointwise |= {f"elpd_{name}": found["elpd"], f"k_hat_{name}": found["k_hat"]}
+    keys = ("elpd", "se", "p_loo", "n", "bad_share", "ok")
+    result = groups.table(
+        "variable", names, {key: [r[i] for r in rows] for i, key in enumerate(keys)}, kind=kind
+    )
+    return result.assign(pointwise)

@@ -1,0 +1,368 @@
+"""Local latents integrated on nodes that the guide places, and the Newton finish of a few globals.
+
+For row i with local latents z = T(e; x_i, theta), e standard normal noise of the guide,
+
+    p(x_i | theta) = sum_k w_k p(x_i, z_k | theta) / q(z_k | x_i, theta),     z_k = T(e_k),
+
+with nodes e_k and weights w_k: a Gauss-Hermite grid in up to three dimensions, a randomised low-discrepancy set in more
+(then it is importance weighting per row). Nodes and their density are detached: the globals follow the marginal, the
+guide follows its own ELBO at detached globals. A Gaussian guide biases the scatter of a population under the ELBO; under
+the marginal it only has to put its nodes well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from scivi.errors import Unsupported
+from scivi.inference.scores import Placed, by_particle, by_row, log_prob, row_scale
+from scivi.inputs.batches import Batch
+from scivi.models.binding import Bound
+from scivi.models.guides import JointNormalGuide, noise_shape, push
+from scivi.models.sites import plates_of, row_dim_of, sample_sites
+
+GRID_DIMS = 3  # above it a grid of nodes costs more than random ones (our choice: 7**3 = 343 nodes)
+RANDOM_NODES = 128
+MOST_DIMS = 16  # above it a few hundred weighted nodes say too little about the marginal (our choice)
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """The share of one local guide site in a row's normal noise.
+
+    Args:
+        name: of the site.
+        shape: of the noise of one draw, plates of the row dim as 1: (*plates, *event).
+        start: first coordinate in the row's noise vector.
+        row_dim: whose rows.
+        row_axis: its plate's dim.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    row_dim: str
+    row_axis: int
+
+    @property
+    def size(self) -> int:
+        """Numbers of noise per row."""
+        return math.prod(self.shape)
+
+    def cut(self, points: Tensor) -> Tensor:
+        """This site's coordinates of points (K, dims), as (K, *shape)."""
+        return points[:, self.start : self.start + self.size].reshape(len(points), *self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All local noise of a guide, or why it cannot be laid out (``refusal``)."""
+
+    sites: tuple[Noise, ...] = ()
+    refusal: str | None = None
+
+    @property
+    def dims(self) -> int:
+        """Numbers of noise per row."""
+        return sum(s.size for s in self.sites)
+
+
+def layout(bound: Bound, batch: Batch) -> Layout:
+    """Lay out the normal noise behind the local sites of a pair's guide."""
+    if not bound.amortised:
+        return Layout(refusal="the guide is not amortised")
+    if any(s.discrete for s in bound.sites):
+        return Layout(refusal="there are discrete latents")
+    with torch.no_grad():
+        trace = poutine.trace(bound.guide).get_trace(batch)
+    sites, start, rows = [], 0, bound.template.row_dims
+    for name, site in sample_sites(trace):
+        row_dim = row_dim_of(site, rows)
+        if row_dim is None:
+            continue
+        event, plates = noise_shape(site["fn"]), plates_of(site)
+        if event is None:
+            return Layout(refusal=f'the guide\'s site "{name}" is no smooth map of normal noise')
+        if sum(p in rows for p in plates) > 1:
+            return Layout(refusal=f'the site "{name}" lies in two row dims at once')
+        spread = [1] * bound.nesting
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized and frame.name != row_dim:
+                spread[frame.dim] = frame.size
+        sites.append(Noise(name, (*spread, *event), start, row_dim, plates[row_dim]))
+        start += sites[-1].size
+    if not sites:
+        return Layout(refusal="there is no latent per row")
+    if start > MOST_DIMS:
+        return Layout(refusal=f"{start} latents per row are too many to integrate (at most {MOST_DIMS})")
+    return Layout(tuple(sites))
+
+
+def nodes(dims: int, per_dim: int, like: Tensor, *, n_random: int = RANDOM_NODES, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Nodes (K, dims) and log weights (K,) that integrate against a standard normal.
+
+    Args:
+        dims: dimensions.
+        per_dim: Gauss-Hermite nodes each; exact for polynomials up to degree 2 per_dim - 1.
+        like: gives dtype and device.
+        n_random: scrambled Sobol nodes where ``dims`` is above the grid's limit.
+        seed: of those.
+    """
+    if dims <= GRID_DIMS:
+        x, w = np.polynomial.hermite_e.hermegauss(per_dim)
+        grid = np.stack(np.meshgrid(*[x] * dims, indexing="ij"), -1).reshape(-1, dims)
+        log_w = sum(np.meshgrid(*[np.log(w / w.sum())] * dims, indexing="ij"))
+        return like.new_tensor(grid), like.new_tensor(np.asarray(log_w).reshape(-1))
+    uniform = torch.quasirandom.SobolEngine(dims, scramble=True, seed=seed).draw(n_random, dtype=torch.float64)
+    normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
+    return normal.to(like), like.new_full((n_random,), -math.log(n_random))
+
+
+class _ShownDetached(Messenger):
+    """Global values that the guide's code sees carry no gradient; the trace keeps those that do."""
+
+    def __init__(self, rows: tuple[str, ...]) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
+        if not msg["infer"].get("is_auxiliary") and row_dim_of(msg, self.rows) is None:
+            msg["value"] = msg["value"].detach()
+
+
+def _run_guide(
+    bound: Bound, batch: Batch, plan: Layout, points: Tensor, n_fixed: int, fixed: Mapping[str, Tensor] | None = None
+) -> tuple[poutine.Trace, dict[str, Tensor]]:
+    """The guide with local sites at ``points``, the first ``n_fixed`` of which are detached; and their log density.
+
+    The density is (points, rows) by row dim.
+    """
+    noise = {s.name: s for s in plan.sites}
+    density: dict[str, Tensor] = {s.row_dim: torch.zeros(()) for s in plan.sites}
+
+    def place(name: str, fn: Any) -> Tensor:
+        if fixed and name in fixed:
+            return fixed[name]
+        site = noise[name]
+        value, log_q = push(fn, site.cut(points))
+        density[site.row_dim] = density[site.row_dim] + by_row(log_q, bound.nesting, site.row_axis)
+        return torch.cat([value[:n_fixed].detach(), value[n_fixed:]])
+
+    with _ShownDetached(bound.template.row_dims), Placed([*noise, *(fixed or {})], place):
+        trace = poutine.trace(bound.guide).get_trace(batch)
+    return trace, {dim: value.expand(len(points), -1) for dim, value in density.items()}
+
+
+def _run_model(bound: Bound, batch: Batch, values: Mapping[str, Tensor], *, frozen: bool = False) -> poutine.Trace:
+    def run() -> poutine.Trace:
+        with Placed(values, lambda name, _: values[name]):
+            return poutine.trace(bound.model).get_trace(batch)
+
+    return bound.frozen(run) if frozen else run()
+
+
+def _rows(trace: poutine.Trace, bound: Bound, batch: Batch, row_dim: str) -> Tensor:
+    """Log density of all sites in a row dim, (points or 1, rows), unscaled."""
+    out = torch.zeros(())
+    for _, site in sample_sites(trace):
+        if row_dim_of(site, bound.template.row_dims) == row_dim:
+            out = out + by_row(log_prob(site), bound.nesting, plates_of(site)[row_dim]) / row_scale(batch, row_dim)
+    return out
+
+
+def _globals(trace: poutine.Trace, bound: Bound, skip: str = "") -> dict[str, Tensor]:
+    return {
+        name: by_particle(log_prob(site), bound.nesting).sum()
+        for name, site in sample_sites(trace)
+        if row_dim_of(site, bound.template.row_dims) is None and name != skip
+    }
+
+
+def _latent_values(trace: poutine.Trace) -> dict[str, Tensor]:
+    return {n: s["value"] for n, s in sample_sites(trace) if not s["infer"].get("is_auxiliary")}
+
+
+def objective(
+    bound: Bound, batch: Batch, plan: Layout, per_dim: int, beta: float | Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, value of the bound, and its parts, in nats over all rows.
+
+    One run of the guide serves both: its nodes, and one sample beyond them for its own bound.
+
+    Args:
+        bound: the pair.
+        batch: the rows.
+        plan: of the guide's noise.
+        per_dim: Gauss-Hermite nodes per local dimension.
+        beta: weight of the globals' KL.
+    """
+    like = next(iter(batch.values.values()))
+    seed = int(torch.randint(2**31, ())) if plan.dims > GRID_DIMS else 0
+    points, log_w = nodes(plan.dims, per_dim, like, seed=seed)
+    n = len(points)
+    guide, density = _run_guide(bound, batch, plan, torch.cat([points, torch.randn_like(points[:1])]), n)
+    values, local = _latent_values(guide), {s.name for s in plan.sites}
+    model = _run_model(bound, batch, {k: v[:n] if k in local else v for k, v in values.items()})
+    sample = _run_model(bound, batch, {k: v[n:] if k in local else v.detach() for k, v in values.items()}, frozen=True)
+    marginal, own = torch.zeros(()), torch.zeros(())
+    for row_dim in {s.row_dim for s in plan.sites}:
+        scale, log_q = row_scale(batch, row_dim), density[row_dim]
+        weight = _rows(model, bound, batch, row_dim) - log_q[:n].detach() + log_w[:, None]
+        marginal = marginal + scale * torch.logsumexp(weight, 0).sum()
+        own = own + scale * (_rows(sample, bound, batch, row_dim) - log_q[n:]).sum()
+    prior, posterior = _globals(model, bound), _globals(guide, bound)
+    data = {"marginal": marginal, **{k: v for k, v in prior.items() if k not in values}}
+    kl = {k: prior.get(k, 0.0) - posterior.get(k, 0.0) for k in {**posterior, **prior} if k not in data}
+    value = sum(data.values()) + beta * sum(kl.values())
+    return -(value + own), value, {**data, **kl}
+
+
+@dataclass(frozen=True)
+class Newton:
+    """What the Newton finish found.
+
+    Args:
+        loc: mode of the globals' posterior on the unbounded scale, (D,).
+        covariance: inverse of the negative Hessian there, (D, D).
+        step_sd: size of the last step in posterior sd, the largest of the coordinates.
+        steps: steps taken.
+        log_evidence: Laplace estimate of the log evidence, nats.
+    """
+
+    loc: Tensor
+    covariance: Tensor
+    step_sd: float
+    steps: int
+    log_evidence: float
+
+
+def global_module(bound: Bound) -> JointNormalGuide | None:
+    """The joint normal that holds all global latents of a pair, if there is one of full rank."""
+    names = {s.name for s in bound.sites if s.row_dim is None}
+    for module in bound.nets.modules():
+        if isinstance(module, JointNormalGuide) and {s.name for s in module.slots} == names and module.rank is None:
+            return module
+    return None
+
+
+def log_marginal(
+    bound: Bound,
+    module: JointNormalGuide,
+    theta: Tensor,
+    batch: Batch,
+    plan: Layout,
+    per_dim: int,
+    *,
+    with_prior: bool,
+    seed: int = 0,
+) -> Tensor:
+    """Log density of a chunk of rows given the globals at ``theta`` (D,), each row integrated; differentiable in it.
+
+    Args:
+        bound: the pair; its guide places the nodes given ``theta``.
+        module: the joint normal that holds the globals.
+        theta: globals on the unbounded scale.
+        batch: the rows; each counts once.
+        plan: of the guide's noise.
+        per_dim: Gauss-Hermite nodes per local dimension.
+        with_prior: add the prior density of ``theta`` on the unbounded scale, and observed sites of no row.
+        seed: of the nodes where they are random.
+    """
+    points, log_w = nodes(plan.dims, per_dim, theta, n_random=4 * RANDOM_NODES, seed=seed)
+    guide, density = _run_guide(bound, batch, plan, points, len(points), {module.name: theta})
+    model = _run_model(bound, batch, _latent_values(guide))
+    out = theta.new_zeros(())
+    for row_dim in {s.row_dim for s in plan.sites}:
+        weight = _rows(model, bound, batch, row_dim) - density[row_dim].detach()
+        out = out + torch.logsumexp(weight + log_w[:, None], 0).sum()
+    if with_prior:
+        jacobian = sum(_globals(guide, bound, skip=module.name).values())
+        out = out + sum(_globals(model, bound).values()) - jacobian
+    return out
+
+
+def newton_finish(
+    bound: Bound,
+    batches: Callable[[], Iterable[Batch]],
+    per_dim: int,
+    *,
+    max_steps: int = 6,
+    tolerance: float = 0.02,
+) -> Newton:
+    """Mode and covariance of the globals by Newton's method on the full marginal.
+
+    Args:
+        bound: a trained pair; its joint normal is where the search starts, and is not changed.
+        batches: makes one pass over all rows, in chunks.
+        per_dim: Gauss-Hermite nodes per local dimension.
+        max_steps: Newton steps at most; each costs D + 1 passes with gradients.
+        tolerance: stop when no coordinate moved by more, in posterior sd.
+
+    Raises:
+        Unsupported: the guide's noise cannot be laid out, or no joint normal holds all globals.
+    """
+    module = global_module(bound)
+    plan = layout(bound, next(iter(batches())))
+    if module is None or plan.refusal is not None:
+        raise Unsupported(
+            f"the Newton finish cannot be had: "
+            f"{plan.refusal or 'no full-rank joint normal holds all globals (scivi.models.guides.global_normal)'}."
+        )
+    theta, step_sd, taken = module.loc.detach().clone(), math.inf, 0
+    value, gradient, hessian = _derivatives(bound, module, theta, batches, plan, per_dim)
+    while taken < max_steps and step_sd > tolerance:
+        covariance = torch.linalg.inv(_positive(-hessian))
+        step, length = covariance @ gradient, 1.0
+        while True:
+            ahead = _derivatives(bound, module, theta + length * step, batches, plan, per_dim)
+            if ahead[0] >= value - _noise_of(value, theta) or length < 1e-3:
+                break
+            length *= 0.5
+        theta, (value, gradient, hessian) = theta + length * step, ahead
+        step_sd = float((length * step / covariance.diagonal().sqrt()).abs().max())
+        taken += 1
+    covariance = torch.linalg.inv(_positive(-hessian))
+    evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
+    return Newton(theta, covariance, step_sd, taken, evidence)
+
+
+def _noise_of(value: Tensor, theta: Tensor) -> float:
+    """Rounding error to be expected of a log density of this size."""
+    return 10 * abs(float(value)) * torch.finfo(theta.dtype).eps
+
+
+def _positive(matrix: Tensor) -> Tensor:
+    """The matrix itself if positive definite, else with its eigenvalues turned positive (a direction that climbs)."""
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+    floor = values.abs().max() * 1e-8
+    return vectors @ torch.diag(values.abs().clamp_min(floor)) @ vectors.T
+
+
+def _derivatives(
+    bound: Bound,
+    module: JointNormalGuide,
+    theta: Tensor,
+    batches: Callable[[], Iterable[Batch]],
+    plan: Layout,
+    per_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, gradient and Hessian of the log marginal over all rows, summed over chunks in float64."""
+    point = theta.detach().double()
+    value, gradient, hessian = point.new_zeros(()), torch.zeros_like(point), point.new_zeros(len(theta), len(theta))
+    for k, batch in enumerate(batches()):
+        at = theta.detach().clone().requires_grad_(True)
+        part = log_marginal(bound, module, at, batch, plan, per_dim, with_prior=k == 0)
+        (slope,) = torch.autograd.grad(part, at, create_graph=True)
+        curvature = [torch.autograd.grad(slope[i], at, retain_graph=True)[0] for i in range(len(theta))]
+        value, gradient = value + part.detach(), gradient + slope.detach()
+        hessian = hessian + torch.stack(curvature).detach()
+    return value, gradient.to(theta), hessian.to(theta)

@@ -1,0 +1,144 @@
+"""AnnData as a ``Table``: in memory, backed, h5ad and zarr; rows of sparse matrices are made dense when read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scivi.errors import DataError, Unsupported
+from scivi.inputs.columns import Column, Table, from_array, from_disk, numbers
+
+_GROUPS = {"layers": ("obs", "var"), "obsm": ("obs",), "varm": ("var",)}
+
+
+def of_anndata(adata: Any) -> Table:
+    """The table of an AnnData object; ``X`` of a backed one stays on disk."""
+    if adata.isbacked and adata.is_view:
+        raise Unsupported(
+            "a view of a backed AnnData cannot be streamed. Pass the whole, or its to_memory()."
+        )
+    columns: dict[str, Column] = {}
+    labels = {
+        "obs": lambda: np.asarray(adata.obs_names, str),
+        "var": lambda: np.asarray(adata.var_names, str),
+    }
+    if adata.isbacked:
+        columns["X"] = _of_element(adata.file["X"], ("obs", "var"))
+    elif adata.X is not None:
+        columns["X"] = from_array(adata.X, ("obs", "var"))
+    for place, dims in _GROUPS.items():
+        for key, value in getattr(adata, place).items():
+            name = f"{place}/{key}"
+            own = dims if len(dims) == 2 else (*dims, *(f"{name}#{k}" for k in range(1, np.ndim(value))))
+            if hasattr(value, "columns"):  # a DataFrame: its columns are the labels of the second axis
+                labels[own[1]] = lambda value=value: np.asarray(value.columns, str)
+                value = value.to_numpy()
+            columns[name] = from_array(value, own)
+    for place, frame in (("obs", adata.obs), ("var", adata.var)):
+        columns |= {f"{place}/{key}": from_array(numbers(frame[key]), (place,)) for key in frame.columns}
+    for key, value in adata.uns.items():
+        if isinstance(value, int | float | np.ndarray | np.number):
+            columns[f"uns/{key}"] = from_array(value, tuple(f"uns/{key}#{k}" for k in range(np.ndim(value))))
+    return _table(columns, labels)
+
+
+def of_h5ad(path: Path) -> Table:
+    """The table of a .h5ad file, which stays open and is read as needed."""
+    import h5py
+
+    try:
+        return of_group(h5py.File(path, "r"))
+    except OSError as error:
+        raise DataError(f'"{path}" cannot be read as HDF5: {error}') from None
+
+
+def of_group(group: Any) -> Table:
+    """The table of an AnnData stored in an HDF5 or zarr group."""
+    columns: dict[str, Column] = {}
+    labels = {axis: (lambda axis=axis: _labels(group[axis])) for axis in ("obs", "var") if axis in group}
+    if "X" in group and _encoding(group["X"]) != "null":
+        columns["X"] = _of_element(group["X"], ("obs", "var"))
+    for place, dims in _GROUPS.items():
+        for key in group[place] if place in group else ():
+            element, name = group[place][key], f"{place}/{key}"
+            own = dims if len(dims) == 2 else (*dims, *(f"{name}#{k}" for k in range(1, _n_axes(element))))
+            if _encoding(element) == "dataframe":
+                labels[own[1]] = lambda element=element: np.asarray(list(element.attrs["column-order"]), str)
+            columns[name] = _of_element(element, own)
+    for place in ("obs", "var"):
+        for key in group[place].attrs["column-order"] if place in group else ():
+            columns[f"{place}/{key}"] = _of_element(group[place][key], (place,))
+    for key in group["uns"] if "uns" in group else ():
+        element = group["uns"][key]
+        if _encoding(element) in ("array", "numeric-scalar"):
+            columns[f"uns/{key}"] = _of_element(element, tuple(f"uns/{key}#{k}" for k in range(element.ndim)))
+    return _table(columns, labels)
+
+
+def _table(columns: dict[str, Column], labels: dict[str, Any]) -> Table:
+    loose = frozenset(d for column in columns.values() for d in column.dims if d != "obs")
+    return Table(columns, labels, row="obs", loose=loose, what="AnnData")
+
+
+def _encoding(element: Any) -> str:
+    return str(element.attrs.get("encoding-type", "array"))
+
+
+def _n_axes(element: Any) -> int:
+    return 2 if _encoding(element) in ("dataframe", "csr_matrix", "csc_matrix") else element.ndim
+
+
+def _labels(frame: Any) -> np.ndarray:
+    from anndata.io import read_elem
+
+    return np.asarray(read_elem(frame[frame.attrs["_index"]]), str)
+
+
+def _of_element(element: Any, dims: tuple[str, ...]) -> Column:
+    encoding = _encoding(element)
+    if encoding in ("csr_matrix", "csc_matrix"):
+        return _of_sparse(element, dims, by_rows=encoding == "csr_matrix")
+    if encoding == "dataframe":
+        return _of_frame(element, dims)
+    if encoding in ("nullable-integer", "nullable-boolean"):
+        values, mask = element["values"], element["mask"]
+        return from_disk(
+            lambda key: np.where(mask[key], np.nan, values[key]), dims, values.shape, np.dtype(float)
+        )
+    if encoding not in ("array", "numeric-scalar"):  # text, categories: kept so that messages can name them
+        shape = element["codes"].shape if encoding == "categorical" else getattr(element, "shape", ())
+        return Column(dims, tuple(shape), np.dtype(object), lambda index: np.empty(shape, object))
+    return from_disk(
+        lambda key: np.asarray(element[key]), dims, tuple(element.shape), np.dtype(element.dtype)
+    )
+
+
+def _of_frame(group: Any, dims: tuple[str, ...]) -> Column:
+    columns = [_of_element(group[key], dims[:1]) for key in group.attrs["column-order"]]
+    dtype = np.result_type(*(c.dtype for c in columns)) if columns else np.dtype(float)
+    shape = (group[group.attrs["_index"]].shape[0], len(columns))
+
+    def block(key: tuple[slice, ...]) -> np.ndarray:
+        rows = np.arange(key[0].start, key[0].stop)
+        return np.stack([c.get([rows]) for c in columns[key[1]]], axis=1)
+
+    return from_disk(block, dims, shape, dtype)
+
+
+def _of_sparse(group: Any, dims: tuple[str, ...], by_rows: bool) -> Column:
+    shape = tuple(int(n) for n in group.attrs["shape"])
+    major = 0 if by_rows else 1
+
+    def block(key: tuple[slice, ...]) -> np.ndarray:
+        from scipy.sparse import csr_matrix
+
+        wide, narrow = key[major], key[1 - major]
+        ends = np.asarray(group["indptr"][wide.start : wide.stop + 1])
+        inside = slice(int(ends[0]), int(ends[-1]))
+        parts = (np.asarray(group["data"][inside]), np.asarray(group["indices"][inside]), ends - ends[0])
+        dense = csr_matrix(parts, shape=(wide.stop - wide.start, shape[1 - major]))[:, narrow].toarray()
+        return dense if by_rows else dense.T
+
+    return from_disk(block, dims, shape, np.dtype(group["data"].dtype), scan=1 - major)

@@ -1,0 +1,200 @@
+"""A table before anybody asks anything of it: named columns that are read by index, whatever holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from scivi.errors import DataError, listed
+
+Index = Sequence[np.ndarray | None]  # per axis the places wanted, in any order; None for all of them
+_GAP = 16  # on disk, wanted rows at most this far apart are read in one stretch (our choice)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """An array that is read when it is asked for.
+
+    Args:
+        dims: names of its axes.
+        shape: size of each axis.
+        dtype: as stored.
+        get: entries at the places wanted, a new array each time.
+        scan: axis along which a few rows can only be read by reading all (compressed the other way), or None.
+    """
+
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    get: Callable[[Index], np.ndarray]
+    scan: int | None = None
+
+    @property
+    def numeric(self) -> bool:
+        """Whether the entries are numbers or booleans."""
+        return self.dtype.kind in "biuf"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Named columns and the labels of their dims; nothing is checked yet.
+
+    Args:
+        columns: by name. AnnData's have a place before the name: "layers/counts".
+        labels: by dim, a function that reads its labels.
+        row: the axis that takes the name of the template's first row dim, if no dim has that name.
+        loose: axes without a name of their own, which take the names that a field declares, in order.
+        what: what the user gave, for messages.
+    """
+
+    columns: Mapping[str, Column]
+    labels: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=lambda: MappingProxyType({}))
+    row: str | None = None
+    loose: frozenset[str] = frozenset()
+    what: str = "table"
+
+
+def from_array(array: Any, dims: tuple[str, ...]) -> Column:
+    """A column of an array in memory; a scipy sparse matrix becomes dense where it is read."""
+    if hasattr(array, "toarray"):  # scipy's matrices and arrays, which share no base class
+        return Column(dims, tuple(array.shape), np.dtype(array.dtype), lambda index: _dense(array, index))
+    array = np.asarray(array)
+    return Column(dims, array.shape, array.dtype, lambda index: _taken(array, index))
+
+
+def _taken(array: np.ndarray, index: Index) -> np.ndarray:
+    wanted = [(axis, places) for axis, places in enumerate(index) if places is not None]
+    if not wanted:
+        return np.array(array)
+    for axis, places in wanted:
+        array = np.take(array, places, axis)
+    return array
+
+
+def _dense(matrix: Any, index: Index) -> np.ndarray:
+    rows, columns = index
+    if rows is not None:
+        matrix = matrix[rows]
+    if columns is not None:
+        matrix = matrix[:, columns]
+    return np.asarray(matrix.toarray())
+
+
+def numbers(series: Any) -> np.ndarray:
+    """Entries of a pandas Series: nullable numbers become floats with NaN, anything else stays as it is."""
+    import pandas as pd
+
+    if pd.api.types.is_extension_array_dtype(series.dtype) and pd.api.types.is_numeric_dtype(series.dtype):
+        return series.to_numpy(dtype=float if series.isna().any() else None, na_value=np.nan)
+    return np.asarray(series)
+
+
+def from_disk(
+    block: Callable[[tuple[slice, ...]], np.ndarray],
+    dims: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    scan: int | None = None,
+) -> Column:
+    """A column of which only blocks can be read: neighbouring rows in one reading, then put in order."""
+
+    def get(index: Index) -> np.ndarray:
+        wanted = {axis: np.unique(p, return_inverse=True) for axis, p in enumerate(index) if p is not None}
+        window = [slice(0, n) for n in shape]
+        for axis, (places, _) in wanted.items():
+            window[axis] = slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
+        if not wanted:
+            return np.array(block(tuple(window)))
+        lead = next(iter(wanted))
+        places = wanted[lead][0]
+        parts = []
+        for run in np.split(places, np.flatnonzero(np.diff(places) > _GAP) + 1) if len(places) else [places]:
+            start = int(run[0]) if len(run) else 0
+            window[lead] = slice(start, int(run[-1]) + 1 if len(run) else 0)
+            part = np.asarray(block(tuple(window)))
+            parts.append(part if len(run) == part.shape[lead] else np.take(part, run - start, lead))
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts, lead)
+        for axis, (kept, inverse) in wanted.items():
+            array = np.take(array, inverse if axis == lead else kept[inverse] - window[axis].start, axis)
+        return array
+
+    return Column(dims, shape, dtype, get, scan)
+
+
+def arranged(
+    table: Table,
+    *,
+    dims: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    select: Mapping[str, Sequence[Any]] | None = None,
+) -> Table:
+    """The same table with other names, or only some labels of a dim. Nothing is read or copied.
+
+    Args:
+        table: the table.
+        dims: new name by old name.
+        columns: field name by column name to be used for it.
+        select: by dim (its old name), the labels to keep, in that order.
+
+    Raises:
+        DataError: listing dims, columns and labels that are not there.
+    """
+    dims, columns, select = dict(dims or {}), dict(columns or {}), dict(select or {})
+    known = {d for column in table.columns.values() for d in column.dims}
+    faults = [
+        f'there is no dim "{d}"; the dims are {sorted(known)}' for d in [*dims, *select] if d not in known
+    ]
+    faults += [
+        f'there is no column "{place}" (wanted for "{name}"); there are {sorted(table.columns)}'
+        for name, place in columns.items()
+        if place not in table.columns
+    ]
+    places = {d: _places(table, d, wanted, faults) for d, wanted in select.items() if d in known}
+    if faults:
+        raise DataError(listed("the table cannot be arranged so:", faults))
+    chosen = {**table.columns, **{name: table.columns[place] for name, place in columns.items()}}
+    labels = {dims.get(d, d): _labels_at(read, places.get(d)) for d, read in table.labels.items()}
+    for d, kept in places.items():  # a dim without labels keeps the numbers of its rows
+        labels.setdefault(dims.get(d, d), lambda kept=kept: kept)
+    return replace(
+        table,
+        columns={name: _renamed(_kept(column, places), dims) for name, column in chosen.items()},
+        labels=labels,
+        row=None if table.row in dims else table.row,
+        loose=frozenset(d for d in table.loose if d not in dims),
+    )
+
+
+def _places(table: Table, dim: str, wanted: Sequence[Any], faults: list[str]) -> np.ndarray:
+    sizes = {d: n for c in table.columns.values() for d, n in zip(c.dims, c.shape, strict=True)}
+    labels = table.labels[dim]() if dim in table.labels else np.arange(sizes[dim])
+    place = {str(label): k for k, label in enumerate(labels)}
+    if absent := [str(w) for w in wanted if str(w) not in place]:
+        shown = ", ".join(list(place)[:20])
+        faults.append(f'dim "{dim}" has no label {", ".join(map(repr, absent))}; it has {shown}')
+    return np.array([place[str(w)] for w in wanted if str(w) in place], dtype=np.int64)
+
+
+def _labels_at(read: Callable[[], np.ndarray], kept: np.ndarray | None) -> Callable[[], np.ndarray]:
+    return read if kept is None else lambda: read()[kept]
+
+
+def _renamed(column: Column, dims: Mapping[str, str]) -> Column:
+    return replace(column, dims=tuple(dims.get(d, d) for d in column.dims))
+
+
+def _kept(column: Column, places: Mapping[str, np.ndarray]) -> Column:
+    kept = [places.get(d) for d in column.dims]
+    if all(k is None for k in kept):
+        return column
+
+    def get(index: Index) -> np.ndarray:
+        pairs = zip(kept, index, strict=True)
+        return column.get([i if k is None else (k if i is None else k[i]) for k, i in pairs])
+
+    shape = tuple(n if k is None else len(k) for n, k in zip(column.shape, kept, strict=True))
+    return replace(column, shape=shape, get=get)

@@ -1,0 +1,224 @@
+"""A table meets the fields of a template: every fault at once, then rows by index, lazily."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from scivi.errors import DataError
+from scivi.inputs.columns import Column, Table, arranged
+from scivi.inputs.fields import Field, Tally, raise_faults
+from scivi.inputs.matching import Matching
+from scivi.inputs.tables import as_table, from_table, pivoted
+
+__all__ = ["TableSource", "arranged", "from_anndata", "from_table", "open_source"]
+
+_CHUNK = 2**21  # entries of a field that are checked at a time (our choice: 16 MB as float64)
+_MOST_LABELS = 1_000_000  # labels that are read to look for repeated ones (our choice)
+
+
+class _Labels(Mapping[str, np.ndarray]):
+    """Labels by dim, read when asked for: those of a long dim need not be in memory."""
+
+    def __init__(self, sizes: Mapping[str, int], read: Mapping[str, Callable[[], np.ndarray]]) -> None:
+        self._sizes, self._read = sizes, read
+
+    def __getitem__(self, dim: str) -> np.ndarray:
+        if dim not in self._read:
+            return np.arange(self._sizes[dim])
+        labels = np.asarray(self._read[dim]())
+        return labels.astype(str) if labels.dtype.kind in "OT" else labels
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class TableSource:
+    """Rows of a table that fits a template; made by ``open_source``.
+
+    Args:
+        fields: of the template.
+        columns: by field, with dims in the words of the template; a field that takes its default has none.
+        sizes: of every dim.
+        coords: labels of every dim, read when asked for.
+        nbytes: of all fields as float32.
+        fingerprint: sha256 of the entries and dims of all fields, whatever holds them.
+    """
+
+    fields: Mapping[str, Field]
+    columns: Mapping[str, Column]
+    sizes: Mapping[str, int]
+    coords: Mapping[str, np.ndarray]
+    nbytes: int = 0
+    fingerprint: str = ""
+
+    def read(self, index: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Fields by name, new arrays with dims as declared; only ``index`` along the dims it names."""
+        index = {dim: np.asarray(places, dtype=np.int64) for dim, places in index.items()}
+        return {name: self._whole(name, index) for name in self.fields}
+
+    def _whole(self, name: str, index: Mapping[str, np.ndarray]) -> np.ndarray:
+        dims = self.fields[name].dims
+        shape = tuple(len(index[d]) if d in index else self.sizes[d] for d in dims)
+        if name not in self.columns:
+            return np.full(shape, self.fields[name].default)
+        values, own = self.entries(name, index)
+        if own == dims:
+            return values
+        present = tuple(n if d in own else 1 for d, n in zip(dims, shape, strict=True))
+        return np.array(np.broadcast_to(values.reshape(present), shape))
+
+    def entries(self, name: str, index: Mapping[str, np.ndarray]) -> tuple[np.ndarray, tuple[str, ...]]:
+        """What the table has for a field, and the dims it has there: those declared, or fewer."""
+        column = self.columns[name]
+        values = _native(np.asarray(column.get([index.get(d) for d in column.dims])))
+        own = tuple(d for d in self.fields[name].dims if d in column.dims)
+        return np.ascontiguousarray(np.transpose(values, [column.dims.index(d) for d in own])), own
+
+
+def _native(values: np.ndarray) -> np.ndarray:
+    """Numbers of a type that torch can read."""
+    kind, size = values.dtype.kind, values.dtype.itemsize
+    if kind == "u" and size > 1:
+        return values.astype(np.int64)
+    if kind == "f" and size not in (2, 4, 8):
+        return values.astype(np.float64)
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+
+
+def open_source(
+    data: Any,
+    fields: Mapping[str, Field],
+    rows: Sequence[str],
+    *,
+    name: str = "template",
+    sizes: Mapping[str, int] = MappingProxyType({}),
+    extra: Callable[[TableSource], list[str]] | None = None,
+) -> Any:
+    """Open data for a template: match names and dims, then read all entries once, in chunks, to check them.
+
+    A field finds its column by name, an AnnData's in layers, obs, var, obsm, varm and uns. A given field whose
+    column has fewer dims is repeated along the others. A long table, with a column for each dim, is pivoted.
+
+    Args:
+        data: a source (returned as it is), an AnnData, an xarray Dataset or DataArray, a DataFrame, a dict of
+            arrays, or the path of a .h5ad, .nc, .zarr, .csv, .tsv, .ecsv or .fits.
+        fields: what the template needs.
+        rows: its row dims.
+        name: its name, for messages.
+        sizes: sizes of dims that the data do not give.
+        extra: more faults, found by the template itself.
+
+    Returns:
+        A source: ``sizes``, ``coords``, ``fingerprint``, ``nbytes`` and ``read(index)``.
+
+    Raises:
+        DataError: listing every fault: names, dims, types, sizes, and the number of entries off the support.
+
+    Notes:
+        Costs one pass over the entries; memory does not grow with the number of rows of data on disk.
+    """
+    if all(hasattr(data, word) for word in ("sizes", "nbytes", "read")):
+        return data
+    observed = [f for f, declared in fields.items() if declared.role == "observed"]
+    table = as_table(data, observed[0] if len(observed) == 1 else None)
+    matching = Matching(_pivoted_if_long(table, fields), dict(fields), tuple(rows))
+    columns = matching.columns()
+    found = matching.sizes_of(columns, sizes)
+    faults = matching.faults
+    if not faults:
+        labels = {d: read for d, read in matching.labels().items() if d in found}
+        source = TableSource(MappingProxyType(dict(fields)), columns, found, _Labels(found, labels))
+        fingerprint, faults = _checked(source, tuple(rows))
+        nbytes = 4 * sum(int(np.prod([found[d] for d in f.dims])) for f in fields.values())
+        source = TableSource(source.fields, columns, found, source.coords, nbytes, fingerprint)
+        faults += extra(source) if extra is not None else []
+        raise_faults(faults, name)
+        _warn_of_repeated(source, tuple(rows))
+        return source
+    raise_faults(_with_entries(faults, columns, fields), name)
+    return None
+
+
+def from_anndata(adata: Any, dims: Mapping[str, str] | None = None, **columns: str) -> Table:
+    """An AnnData as a table, with the place of each field said outright. Nothing is copied.
+
+    Without this a field is looked for by its name in layers, obs, var, obsm, varm and uns; ``X`` is never guessed.
+
+    Args:
+        adata: an AnnData (backed or not), or the path of a .h5ad or of an AnnData zarr store.
+        dims: what "obs" and "var" are called in the template: ``{"obs": "cell", "var": "gene"}``.
+        **columns: by field, its place: "X", "layers/counts", "obs/size", "obsm/protein", "uns/alpha".
+
+    Returns:
+        A table for ``fit`` and every other verb that takes data.
+
+    Raises:
+        DataError: listing places and dims that are not there.
+    """
+    table = as_table(adata)
+    if table.what != "AnnData":
+        raise DataError(f"from_anndata takes an AnnData, not a {table.what}.")
+    return arranged(table, dims=dims, columns=columns)
+
+
+def _pivoted_if_long(table: Table, fields: Mapping[str, Field]) -> Table:
+    """A table of lines becomes matrices if it has a column for each dim of a field that has several."""
+    dims = tuple(dict.fromkeys(d for f in fields.values() for d in f.dims))
+    wide = any(len(f.dims) > 1 and name in table.columns for name, f in fields.items())
+    lines = table.row is not None and table.what in ("DataFrame", "astropy Table")
+    if not (wide and lines and all(d in table.columns for d in dims)):
+        return table
+    narrow = {n: f.dims for n, f in fields.items() if n in table.columns and set(f.dims) < set(dims)}
+    return as_table(pivoted(table, dims, narrow))
+
+
+def _with_entries(faults: list[str], columns: Mapping[str, Column], fields: Mapping[str, Field]) -> list[str]:
+    """Faults of names and dims, and those of the entries of the columns that were found all the same."""
+    for name, column in columns.items():
+        sizes = dict(zip(column.dims, column.shape, strict=True))
+        alone = TableSource({name: fields[name]}, {name: column}, sizes, _Labels(sizes, {}))
+        faults = faults + _checked(alone, column.dims[:1])[1]
+    return faults
+
+
+def _checked(source: TableSource, rows: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Fingerprint and faults of all entries, read once in chunks."""
+    digest, faults = hashlib.sha256(), []
+    for name in sorted(source.fields):
+        if name not in source.columns:
+            digest.update(f"{name} = {source.fields[name].default}".encode())
+            continue
+        column, declared = source.columns[name], source.fields[name]
+        own = tuple(d for d in declared.dims if d in column.dims)
+        sizes = dict(zip(column.dims, column.shape, strict=True))
+        along = next((d for d in (*rows, *own) if d in own), None)
+        step = max(1, _CHUNK * sizes.get(along or "", 1) // max(1, int(np.prod(column.shape))))
+        digest.update(f"{name} {own} {[sizes[d] for d in own]}".encode())
+        tally = Tally(name, declared, own)
+        for start in range(0, sizes[along] if along else 1, step):
+            index = {along: np.arange(start, min(sizes[along], start + step))} if along else {}
+            values, _ = source.entries(name, index)
+            tally.add(values, tuple(start if d == along else 0 for d in own))
+            block = np.moveaxis(values, own.index(along), 0) if along else values
+            digest.update(np.ascontiguousarray(block, dtype="<f8"))
+        faults += tally.faults()
+    return digest.hexdigest(), faults
+
+
+def _warn_of_repeated(source: TableSource, rows: tuple[str, ...]) -> None:
+    for dim in rows:
+        if source.sizes[dim] <= _MOST_LABELS:
+            repeated = source.sizes[dim] - len(np.unique(source.coords[dim]))
+            if repeated:
+                warnings.warn(f'{repeated} labels of "{dim}" occur more than once in the data.', stacklevel=4)

@@ -1,0 +1,242 @@
+"""Every kind of data that we take, as a ``Table``: files, AnnData, xarray, frames and plain arrays."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from scivi.errors import DataError, listed, missing_extra
+from scivi.inputs.columns import Column, Table, from_array, from_disk, numbers
+
+KINDS = (
+    "an AnnData, an xarray Dataset or DataArray, a DataFrame, a dict of arrays, or the path of a "
+    ".h5ad, .nc, .zarr, .csv, .tsv, .ecsv or .fits"
+)
+
+
+def as_table(data: Any, name: str | None = None) -> Table:
+    """A ``Table`` of any kind of data; files stay on disk wherever their format allows it.
+
+    Args:
+        data: what the user gave.
+        name: column name of a DataArray that has none.
+
+    Raises:
+        DataError: if the kind is unknown, or the file is not there.
+        Unsupported: if reading it needs an extra that is not installed.
+    """
+    if isinstance(data, Table):
+        return data
+    if isinstance(data, str | Path):
+        return _of_path(Path(data))
+    if isinstance(data, xr.Dataset):
+        return _of_dataset(data)
+    if isinstance(data, xr.DataArray):
+        name = str(data.name or name or "values")
+        return _of_dataset(data.to_dataset(name=name))
+    if _is_a(data, "anndata", "AnnData"):
+        from scivi.inputs.annotated import of_anndata
+
+        return of_anndata(data)
+    if _is_a(data, "pandas", "DataFrame"):
+        return _of_frame(data)
+    if _is_a(data, "astropy.table", "Table"):
+        return _of_astropy(data)
+    if isinstance(data, Mapping):
+        return _of_mapping(data)
+    raise DataError(f"data of type {type(data).__name__} cannot be read. Give {KINDS}.")
+
+
+def _is_a(data: Any, module: str, name: str) -> bool:
+    """Whether ``data`` is of a type whose module somebody has imported already."""
+    return module in sys.modules and isinstance(data, getattr(sys.modules[module], name))
+
+
+def _of_path(path: Path) -> Table:
+    if not path.exists():
+        raise DataError(f'there is no "{path}".')
+    endings = "".join(path.suffixes[-2:]).lower().removesuffix(".gz")
+    kind = endings.rsplit(".", 1)[-1]
+    if kind == "h5ad":
+        from scivi.inputs.annotated import of_h5ad
+
+        return of_h5ad(path)
+    if kind == "zarr" or path.is_dir():
+        return _of_zarr(path)
+    if kind in ("nc", "nc4", "netcdf", "cdf"):
+        return _of_dataset(_opened(path, "scipy" if path.open("rb").read(3) == b"CDF" else "h5netcdf"))
+    if kind in ("csv", "tsv"):
+        import pandas as pd
+
+        return _of_frame(pd.read_csv(path, sep="," if kind == "csv" else "\t"))
+    if kind in ("ecsv", "fits", "fit"):
+        try:
+            from astropy.table import Table as AstropyTable
+        except ImportError:
+            raise missing_extra("astropy", "astro") from None
+        return _of_astropy(AstropyTable.read(path))
+    raise DataError(f'"{path}" has an ending that we do not know. Give {KINDS}.')
+
+
+def _opened(path: Path, engine: str) -> xr.Dataset:
+    # no cache and no index: both would load whole columns; units such as "s" are not time spans to be decoded
+    try:
+        return xr.open_dataset(
+            path,
+            engine=engine,
+            chunks=None,
+            cache=False,
+            decode_timedelta=False,
+            create_default_indexes=False,
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f'"{path}" cannot be read as {engine}: {error}') from None
+
+
+def _of_zarr(path: Path) -> Table:
+    import zarr
+
+    try:
+        group = zarr.open_group(path, mode="r")
+    except (FileNotFoundError, zarr.errors.BaseZarrError) as error:
+        raise DataError(f'"{path}" is not a zarr group: {error}') from None
+    if group.attrs.get("encoding-type") == "anndata":
+        from scivi.inputs.annotated import of_group
+
+        return of_group(group)
+    return _of_dataset(_opened(path, "zarr"))
+
+
+def _of_dataset(dataset: xr.Dataset) -> Table:
+    columns = {str(name): _of_variable(variable) for name, variable in dataset.variables.items()}
+    labels = {str(d): _labels_of(dataset, d) for d in dataset.dims if d in dataset.variables}
+    return Table(columns, labels, what="Dataset")
+
+
+def _of_variable(variable: xr.Variable) -> Column:
+    dims = tuple(str(d) for d in variable.dims)
+    if variable._in_memory:  # xarray has no public word for it; without it rows would be read block by block
+        return from_array(variable.values, dims)
+    return from_disk(lambda key: variable[key].values, dims, variable.shape, variable.dtype)
+
+
+def _labels_of(dataset: xr.Dataset, dim: Any) -> Callable[[], np.ndarray]:
+    return lambda: dataset.variables[dim].values
+
+
+def _of_frame(frame: Any) -> Table:
+    levels = [name for name in frame.index.names if name is not None]
+    if levels:
+        labels = {str(n): np.asarray(frame.index.get_level_values(n)) for n in levels}
+    else:
+        labels = {"row": np.asarray(frame.index)}
+    row = levels[0] if len(levels) == 1 else "row"
+    columns = {str(name): from_array(numbers(frame[name]), (row,)) for name in frame.columns}
+    for name, values in labels.items():
+        columns.setdefault(name, from_array(values, (row,)))
+    known = {row: lambda: labels[row]} if row in labels else {}
+    return Table(columns, known, row=row, what="DataFrame")
+
+
+def _of_astropy(table: Any) -> Table:
+    columns = {}
+    for name in table.colnames:
+        values = table[name]
+        masked = getattr(values, "mask", None)
+        plain = np.asarray(values)
+        if masked is not None and np.any(masked) and plain.dtype.kind in "biuf":
+            plain = np.where(np.asarray(masked), np.nan, plain.astype(float))
+        columns[name] = from_array(plain, ("row", *(f"{name}#{k}" for k in range(1, plain.ndim))))
+    loose = frozenset(d for column in columns.values() for d in column.dims[1:])
+    return Table(columns, row="row", loose=loose, what="astropy Table")
+
+
+def _of_mapping(data: Mapping[str, Any]) -> Table:
+    columns, labels, loose = {}, {}, set()
+    for name, value in data.items():
+        if isinstance(value, xr.DataArray):
+            column = _of_variable(value.variable)
+            coords = value.coords.to_dataset()
+            labels |= {str(d): _labels_of(coords, d) for d in value.dims if d in coords}
+        elif isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple | list):
+            column = from_array(value[1], tuple(value[0]))
+        else:
+            dims = tuple(f"{name}#{k}" for k in range(np.ndim(value)))
+            column, loose = from_array(value, dims), loose | set(dims)
+        columns[str(name)] = column
+    return Table(columns, labels, loose=frozenset(loose), what="dict of arrays")
+
+
+def from_table(
+    data: Any, dims: Sequence[str], *, narrow: Mapping[str, str | Sequence[str]] | None = None
+) -> xr.Dataset:
+    """Turn a long table, one line for each combination of labels, into a Dataset.
+
+    Args:
+        data: DataFrame, dict of arrays, or the path of a table (CSV, ECSV, FITS).
+        dims: the columns that hold labels: ("source", "band") makes a matrix of every other column.
+        narrow: by column, the dims it depends on, if fewer.
+
+    Returns:
+        Dataset with coords ``dims``, labels in order of first appearance; combinations that the table lacks are
+        NaN, columns of text are left out.
+
+    Raises:
+        DataError: listing missing columns, combinations that occur twice, and narrow columns that vary.
+    """
+    table = as_table(data)
+    own = {name: (d,) if isinstance(d, str) else tuple(d) for name, d in (narrow or {}).items()}
+    return pivoted(table, tuple(dims), own)
+
+
+def pivoted(table: Table, dims: tuple[str, ...], narrow: Mapping[str, tuple[str, ...]]) -> xr.Dataset:
+    """As ``from_table``, of a ``Table`` whose columns all have one dim."""
+    import pandas as pd
+
+    absent = [name for name in [*dims, *narrow] if name not in table.columns]
+    if absent:
+        shown = ", ".join(sorted(table.columns))
+        raise DataError(f"the long table has no column {', '.join(map(repr, absent))}; it has {shown}.")
+    keys = {d: pd.factorize(table.columns[d].get([None])) for d in dims}
+    coords = {d: _plain(labels) for d, (_, labels) in keys.items()}
+    arrays, faults = {}, []
+    for name, column in table.columns.items():
+        if name in dims or not column.numeric or len(column.dims) != 1:
+            continue
+        own = narrow.get(name, dims)
+        shape = tuple(len(coords[d]) for d in own)
+        places = np.ravel_multi_index([keys[d][0] for d in own], shape)
+        values, fault = _scattered(column.get([None]), places, int(np.prod(shape)), whole=own == dims)
+        if fault:
+            faults.append(f'column "{name}", {own}: {fault}')
+        arrays[name] = (own, values.reshape(shape))
+    if faults:
+        raise DataError(listed("the long table cannot be pivoted:", dict.fromkeys(faults)))
+    return xr.Dataset(arrays, coords=coords)
+
+
+def _plain(labels: Any) -> np.ndarray:
+    labels = np.asarray(labels)
+    return labels.astype(str) if labels.dtype.kind == "O" else labels
+
+
+def _scattered(values: np.ndarray, places: np.ndarray, size: int, whole: bool) -> tuple[np.ndarray, str]:
+    _, first, count = np.unique(places, return_index=True, return_counts=True)
+    if whole and count.max(initial=1) > 1:
+        line = int(first[count.argmax()])
+        return np.zeros(size), f"{int((count > 1).sum())} combinations occur more than once; see line {line}"
+    filled = np.full(size, np.nan)
+    out = filled if len(first) < size else filled.astype(values.dtype if values.dtype.kind != "b" else float)
+    out[places[first]] = values[first]
+    differs = (out[places] != values) & ~((out[places] != out[places]) & (values != values))
+    if differs.any():
+        return (
+            out,
+            f"it differs within a label in {int(differs.sum())} lines; the first is line {differs.argmax()}",
+        )
+    return out, ""

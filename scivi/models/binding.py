@@ -1,0 +1,169 @@
+"""``bind``: a template and an example of its data become a model/guide pair with parameters of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from scivi.errors import TemplateError, listed
+from scivi.inputs.batches import Batch
+from scivi.models.guides import Family, MeanField
+from scivi.models.sites import Site, latent_sites, nesting_of
+from scivi.models.template import Template
+
+_PRIOR_RUNS = 15  # prior draws whose median starts a ready-made guide, as in Pyro's init_to_median
+_STREAMS = {"init": 0, "order": 1, "sampling": 2, "draws": 3}
+_T = TypeVar("_T")
+
+
+def stream_seed(seed: int, name: str) -> int:
+    """The seed of a named stream of randomness; streams of one seed are independent."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + (_STREAMS[name] + 1) * 0xBF58476D1CE4E5B9) & (2**63 - 1)
+    return mixed ^ (mixed >> 31)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Run torch with a seed, and put the process's random states back afterwards."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class Nets(nn.Module):
+    """Everything learnable of one fit: the template's own nets, and those of a ready-made guide."""
+
+    def __init__(self, own: nn.Module | None, guide: nn.Module | None) -> None:
+        super().__init__()
+        self.own, self.guide = own, guide
+
+
+class _Holder(nn.Module):
+    """Lets ``functional_call`` put other values in place of the nets' parameters while a function runs."""
+
+    def __init__(self, nets: nn.Module) -> None:
+        super().__init__()
+        self.nets = nets
+
+    def forward(self, run: Callable[[], _T]) -> _T:
+        return run()
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A model/guide pair with its own parameters.
+
+    Args:
+        template: what was bound.
+        nets: everything learnable.
+        sites: latent sites of the model.
+        nesting: dims taken by plates.
+        example: the rows it was bound to.
+    """
+
+    template: Template
+    nets: Nets
+    sites: tuple[Site, ...]
+    nesting: int
+    example: Batch
+
+    def model(self, batch: Batch) -> None:
+        """The template's generative story."""
+        self.template.model(batch, self.template.prior, self.nets.own)
+
+    def guide(self, batch: Batch) -> None:
+        """The approximate posterior."""
+        if self.nets.guide is not None:
+            self.nets.guide(batch)
+        else:
+            self.template.guide(batch, self.template.prior, self.nets.own)
+
+    def holding(self, parameters: Mapping[str, Tensor], run: Callable[[], _T]) -> _T:
+        """Run a function with other values in place of the nets' parameters."""
+        return torch.func.functional_call(_Holder(self.nets), {f"nets.{k}": v for k, v in parameters.items()}, (run,))
+
+    def frozen(self, run: Callable[[], _T]) -> _T:
+        """Run a function through whose parameters no gradient flows."""
+        return self.holding({k: v.detach() for k, v in self.nets.named_parameters()}, run)
+
+    @property
+    def amortised(self) -> bool:
+        """Whether the guide can be asked about rows that the fit has not seen."""
+        guide = self.nets.guide
+        return guide is None or bool(guide.amortised)
+
+    @property
+    def local(self) -> tuple[Site, ...]:
+        """Latent sites inside a row dim."""
+        return tuple(s for s in self.sites if s.row_dim is not None)
+
+
+def bind(template: Template, example: Batch, seed: int) -> Bound:
+    """Make a model/guide pair with fresh parameters.
+
+    Args:
+        template: what to bind.
+        example: a few rows of the data, or all; its ``sizes`` are those of the full data. It fixes the dtype and the
+            device of the parameters.
+        seed: of the initial values.
+
+    Raises:
+        TemplateError: the guide is no function and no family; the model cannot be run; sites and dims disagree.
+    """
+    some = next(iter(example.values.values()))
+    with seeded(stream_seed(seed, "init"), some.device):
+        sizes = dict(example.sizes)
+        own = template.nets(sizes, template.prior) if template.nets is not None else None
+        own = own.to(some.device, some.dtype) if own is not None else None
+        runs = _prior_runs(template, example, own)
+        sites, nesting = latent_sites(runs[0], sizes, template.row_dims), nesting_of(*runs)
+        _check_sites(template, runs[0], sites)
+        guide = _guide_module(template, runs, sites, nesting)
+    nets = Nets(own, guide)
+    return Bound(template, nets.to(some.device, some.dtype), sites, nesting, example)
+
+
+def _prior_runs(template: Template, example: Batch, own: nn.Module | None) -> list[poutine.Trace]:
+    n_runs = 1 if callable(template.guide) and not isinstance(template.guide, Family) else _PRIOR_RUNS
+    runs = []
+    with torch.no_grad():
+        for _ in range(n_runs):
+            runs.append(poutine.trace(template.model).get_trace(example, template.prior, own))
+    return runs
+
+
+def _guide_module(
+    template: Template, runs: list[poutine.Trace], sites: tuple[Site, ...], nesting: int
+) -> nn.Module | None:
+    family = MeanField() if template.guide is None else template.guide
+    if isinstance(family, Family):
+        starts = {s.name: [run.nodes[s.name]["value"].detach() for run in runs] for s in sites}
+        return family.build(sites, starts, nesting)
+    if not callable(family):
+        raise TemplateError(
+            f'template "{template.name}": guide is {type(family).__name__}; it must be a function '
+            f"(batch, prior, nets), a family such as MeanField(), or None."
+        )
+    return None
+
+
+def _check_sites(template: Template, run: poutine.Trace, sites: tuple[Site, ...]) -> None:
+    known = {name for name, node in run.nodes.items() if node["type"] == "sample"}
+    faults = [f'dims lists "{name}", but the model has no such site' for name in template.dims if name not in known]
+    observed = set(template.observed)
+    faults += [f'observed field "{name}" is never scored: call batch.observe("{name}", ...)' for name in observed - known]
+    for site in sites:
+        if site.name in template.dims and len(site.shape) != len(template.dims[site.name]):
+            faults.append(
+                f'site "{site.name}" has shape {site.shape}, but dims says {template.dims[site.name]}: '
+                f"name one dim for each axis"
+            )
+    if faults:
+        raise TemplateError(listed(f'template "{template.name}" and its model disagree:', sorted(faults)))

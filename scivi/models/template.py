@@ -1,0 +1,111 @@
+"""``Template``: all that a researcher writes, as plain functions in one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from scivi.errors import TemplateError, listed
+from scivi.inputs.fields import Field, check_fields
+
+Story = Callable[[Any, Any, Any], None]
+
+
+@dataclass(frozen=True)
+class NoPrior:
+    """The prior of a template whose model has no number to set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A scientific model with its guide: what is fitted, never how.
+
+    To vary one, use ``dataclasses.replace(template, prior=..., guide=...)``.
+
+    Args:
+        name: short name, shown in reports.
+        fields: the table that the model needs, by field name.
+        rows: the dim, or dims, whose entries may be minibatched, each on its own.
+        model: ``(batch, prior, nets) -> None``; pyro sample sites, the generative story.
+        dims: every latent or deterministic site that is reported, with the names of its dims. A latent that is not
+            listed is auxiliary: fitted, but not reported.
+        guide: ``(batch, prior, nets) -> None``, or one of the families in ``scivi.models.guides``; None is the
+            mean-field normal over all latents.
+        nets: ``(sizes, prior) -> nn.Module``, everything learnable, made afresh at each call; None if there is none.
+        prior: frozen dataclass of the model's numbers, each with unit and source.
+        simulate: ``(sizes, prior, generator) -> (table, truth)``, both ``xarray.Dataset``; None runs the model forward.
+        units: unit of each reported site; "1" where absent.
+        sizes: of dims that no field has: a number (a latent dimension), or the name of the dim that it equals.
+        coords: labels along such dims.
+        validate: ``(values, coords) -> faults``, from the fields without rows and the labels of all dims to sentences on
+            what is wrong with the data; it sees what the fields' supports cannot say.
+
+    Raises:
+        TemplateError: listing every fault.
+    """
+
+    name: str
+    fields: Mapping[str, Field]
+    rows: str | tuple[str, ...]
+    model: Story
+    dims: Mapping[str, tuple[str, ...]]
+    guide: Any = None
+    nets: Callable[[Mapping[str, int], Any], nn.Module] | None = None
+    prior: Any = NoPrior()
+    simulate: Callable[..., tuple[Any, Any]] | None = None
+    units: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int | str] = field(default_factory=dict)
+    coords: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    validate: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] | None = None
+
+    def __post_init__(self) -> None:
+        rows = (self.rows,) if isinstance(self.rows, str) else tuple(self.rows)
+        object.__setattr__(self, "rows", rows)
+        dims = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in self.dims.items()}
+        for name, value in (("fields", self.fields), ("dims", dims), ("units", self.units), ("sizes", self.sizes)):
+            object.__setattr__(self, name, MappingProxyType(dict(value)))
+        object.__setattr__(self, "coords", MappingProxyType({k: tuple(v) for k, v in self.coords.items()}))
+        if faults := self._faults():
+            raise TemplateError(listed(f'template "{self.name}" cannot be used:', faults))
+
+    def _faults(self) -> list[str]:
+        faults = check_fields(self.fields)
+        of_fields = {d for f in self.fields.values() if isinstance(f, Field) for d in f.dims}
+        known = of_fields | set(self.sizes)
+        if not self.rows:
+            faults.append("rows names no dim")
+        faults += [f'rows "{row}" is a dim of no field; fields have {sorted(of_fields)}' for row in self.rows if row not in of_fields]
+        for site, dims in self.dims.items():
+            unknown = [d for d in dims if d not in known]
+            if unknown:
+                faults.append(f'site "{site}" has dims {unknown} that no field has; give their size in sizes=')
+            if {"chain", "draw"} & set(dims):
+                faults.append(f'site "{site}": "chain" and "draw" are added to every result; leave them out of dims')
+        faults += [f'unit given for "{site}", which dims does not list' for site in self.units if site not in self.dims]
+        faults += [f"{name} must be a function" for name in ("model",) if not callable(self.model)]
+        if not is_dataclass(self.prior) or isinstance(self.prior, type) or not self.prior.__dataclass_params__.frozen:  # type: ignore[union-attr]
+            faults.append("prior must be a value of a frozen dataclass")
+        return faults
+
+    def all_sizes(self, of_data: Mapping[str, int]) -> dict[str, int]:
+        """Sizes of all dims, those of the data and the template's own."""
+        own = {d: of_data[n] if isinstance(n, str) else n for d, n in self.sizes.items()}
+        return {**of_data, **own}
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Names of the fields that the model scores."""
+        return tuple(name for name, f in self.fields.items() if f.role == "observed")
+
+    @property
+    def row_dims(self) -> tuple[str, ...]:
+        """The dims that may be minibatched, always as a tuple."""
+        return tuple(self.rows)
+
+    def prior_numbers(self) -> dict[str, Any]:
+        """The prior as plain values, for provenance."""
+        return asdict(self.prior)
