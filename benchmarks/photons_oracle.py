@@ -2,18 +2,19 @@
 
 Generative story, per source, one band, hierarchical background:
 
-    u ~ Normal(mu, sigma)                                         log brightness
-    v ~ Normal(background_mu, background_sigma)                   log of the background counts in the source aperture
+    u ~ Normal(mu, sigma)                         log brightness
+    v ~ Normal(background_mu, background_sigma)   log of the background counts in the source aperture
     n_on ~ Poisson(exposure * exp(u) + exp(v))
     n_off ~ Poisson(exp(v) / alpha)
 
-The four globals are handled in unconstrained coordinates, theta = (mu, log sigma, background_mu, log background_sigma).
-Given theta the sources are independent and each has two latents, so that
+The four globals are handled in unconstrained coordinates, theta = (mu, log sigma, background_mu,
+log background_sigma). Given theta the sources are independent and each has two latents, so that
 
     log p(data | theta) = sum_i log integral p(n_on_i, n_off_i, u, v | theta) du dv
 
-is a sum of two-dimensional integrals, taken on Gauss-Hermite nodes at each source's own posterior mean and covariance.
-Its gradient and Hessian follow from posterior moments of u and v (Louis's identity), without automatic differentiation.
+is a sum of two-dimensional integrals, taken on Gauss-Hermite nodes at each source's own posterior mean and
+covariance. Its gradient and Hessian follow from posterior moments of u and v (Louis's identity), without
+automatic differentiation.
 
 References:
     Naylor & Smith 1982, Applied Statistics 31, 214-225 (nodes at posterior mean and covariance).
@@ -33,7 +34,6 @@ from torch import Tensor
 GLOBALS = ("mu", "log_sigma", "background_mu", "log_background_sigma")
 # Our choice: bright and faint sources both common, 13 % with 0-2 counts, background of about one count.
 TRUTH = torch.tensor([2.1, math.log(1.2), 0.0, math.log(0.6)], dtype=torch.float64)
-SCATTER = slice(1, None, 2)  # the log scales within theta
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Prior:
-    """The prior of the globals: normal means, half-normal scales."""
+    """Prior of the globals: normal means about 0, half-normal scales; defaults as in the photon template."""
 
     mu_sd: float = 5.0
     sigma_scale: float = 2.0
     background_mu_sd: float = 5.0
-    background_sigma_scale: float = 2.0
+    background_sigma_scale: float = 1.0
 
     def log_density(self, theta: Tensor) -> Tensor:
         """Log density in unconstrained coordinates, so with the Jacobian of each log scale.
@@ -74,9 +74,10 @@ class Prior:
         """
         mean_sd = theta.new_tensor([self.mu_sd, self.background_mu_sd])
         scale = theta.new_tensor([self.sigma_scale, self.background_sigma_scale])
-        means = -0.5 * (theta[0::2] / mean_sd).square() - mean_sd.log() - 0.5 * math.log(2 * math.pi)
-        scales = -0.5 * (theta[SCATTER].exp() / scale).square() - scale.log() + 0.5 * math.log(2 / math.pi) + theta[SCATTER]
-        return means.sum() + scales.sum()
+        mean, log_sigma = theta[0::2], theta[1::2]
+        means = -0.5 * (mean / mean_sd).square() - mean_sd.log() - 0.5 * math.log(2 * math.pi)
+        half_normal = -0.5 * (log_sigma.exp() / scale).square() - scale.log() + 0.5 * math.log(2 / math.pi)
+        return (means + half_normal + log_sigma).sum()
 
 
 def simulate(n: int, seed: int, log_rate: tuple[float, float] | None = None) -> Catalogue:
@@ -87,7 +88,7 @@ def simulate(n: int, seed: int, log_rate: tuple[float, float] | None = None) -> 
     Args:
         n: number of sources.
         seed: of the data alone.
-        log_rate: if given, u is such that log(exposure * exp(u)) is uniform between these two numbers, whatever the population says.
+        log_rate: if given, log(exposure * exp(u)) is uniform between these two numbers, not the population's.
     """
     random = np.random.default_rng(seed)
     mu, log_sigma, background_mu, log_background_sigma = TRUTH.tolist()
@@ -117,7 +118,8 @@ def log_joint(u: Tensor, v: Tensor, rows: Catalogue, theta: Tensor) -> Tensor:
     )
     background = v.exp()
     on = (u + log_exposure).exp() + background
-    constant = -torch.lgamma(n_on + 1) - torch.lgamma(n_off + 1) - n_off * log_alpha - math.log(2 * math.pi) - theta[1] - theta[3]
+    constant = -torch.lgamma(n_on + 1) - torch.lgamma(n_off + 1) - n_off * log_alpha - math.log(2 * math.pi)
+    constant = constant - theta[1] - theta[3]
     prior = ((u - theta[0]) * (-theta[1]).exp()).square() + ((v - theta[2]) * (-theta[3]).exp()).square()
     return n_on * on.log() - on + n_off * v - background * (-log_alpha).exp() - 0.5 * prior + constant
 
@@ -131,12 +133,14 @@ def laplace(rows: Catalogue, theta: Tensor, iterations: int = 40) -> tuple[Tenso
     precision, background_precision = (-2 * theta[1]).exp(), (-2 * theta[3]).exp()
     net = (rows.n_on - rows.n_off * rows.log_alpha.exp()).clamp(min=0.5)
     u = (net * (net.log() - rows.log_exposure) + theta[0] * precision) / (net + precision)
-    v = (rows.n_off * ((rows.n_off + 0.5).log() + rows.log_alpha) + theta[2] * background_precision) / (rows.n_off + background_precision)
+    v = rows.n_off * ((rows.n_off + 0.5).log() + rows.log_alpha) + theta[2] * background_precision
+    v = v / (rows.n_off + background_precision)
     for _ in range(iterations):
         source, background = (u + rows.log_exposure).exp(), v.exp()
         total, off = source + background, background * (-rows.log_alpha).exp()
         grad_u = rows.n_on * source / total - source - (u - theta[0]) * precision
-        grad_v = rows.n_on * background / total - background + rows.n_off - off - (v - theta[2]) * background_precision
+        grad_v = rows.n_on * background / total - background - (v - theta[2]) * background_precision
+        grad_v = grad_v + rows.n_off - off
         mixed = rows.n_on * source * background / total.square()
         h_uu, h_vv, h_uv = source - mixed + precision, background + off - mixed + background_precision, mixed
         # Where the Hessian is indefinite take the expected one (n_on replaced by its mean), which never is.
@@ -162,10 +166,12 @@ class Marginal:
     covariance: Tensor
 
 
-def marginal(rows: Catalogue, theta: Tensor, mean: Tensor, covariance: Tensor, nodes: int, chunk: int = 2000) -> Marginal:
-    """Integrate every source's (u, v) on nodes x nodes Gauss-Hermite points around the given means and covariances.
+def marginal(
+    rows: Catalogue, theta: Tensor, mean: Tensor, covariance: Tensor, nodes: int, chunk: int = 2000
+) -> Marginal:
+    """Integrate every source's (u, v) on nodes x nodes Gauss-Hermite points at given means and covariances.
 
-    gradient = sum_i E[g_i], hessian = sum_i (E[H_i] + cov[g_i]) with g and H the derivatives of the log joint.
+    gradient = sum_i E[g_i], hessian = sum_i (E[H_i] + cov[g_i]), g and H the derivatives of the log joint.
 
     Args:
         rows: the sources.
@@ -177,7 +183,7 @@ def marginal(rows: Catalogue, theta: Tensor, mean: Tensor, covariance: Tensor, n
     """
     point, log_weight = _hermite(nodes)
     inverse_sigma, inverse_background_sigma = (-theta[1]).exp(), (-theta[3]).exp()
-    value, gradient, hessian = 0.0, torch.zeros(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
+    value, gradient, hessian = 0.0, torch.zeros_like(theta), torch.zeros(4, 4, dtype=theta.dtype)
     means, covariances = [], []
     for some in torch.arange(len(rows)).split(chunk):
         root = torch.linalg.cholesky(covariance[some])
@@ -190,13 +196,12 @@ def marginal(rows: Catalogue, theta: Tensor, mean: Tensor, covariance: Tensor, n
         powers = torch.stack([torch.ones_like(a), a, a * a, b, b * b], 1)
         moments = (powers * prob[:, None]) @ powers.mT  # E[x_j x_k] for x = (1, a, a^2, b, b^2)
         value += float((log_evidence + root.diagonal(dim1=-2, dim2=-1).log().sum(-1)).sum())
-        first, second = _score_moments(moments, inverse_sigma, inverse_background_sigma)
+        first, second = _score_moments(moments, theta)
         gradient += first
         hessian += second
-        centre = torch.stack([theta[0] + moments[:, 0, 1] / inverse_sigma, theta[2] + moments[:, 0, 3] / inverse_background_sigma], -1)
-        scale = torch.stack([1 / inverse_sigma, 1 / inverse_background_sigma])
+        scale = theta[1::2].exp()
         pair = moments[:, 1::2, 1::2] - moments[:, 0, 1::2, None] * moments[:, 0, None, 1::2]
-        means.append(centre)
+        means.append(theta[0::2] + scale * moments[:, 0, 1::2])
         covariances.append(pair * scale[:, None] * scale)
     return Marginal(value, gradient, hessian, torch.cat(means), torch.cat(covariances))
 
@@ -209,10 +214,10 @@ def _hermite(nodes: int) -> tuple[Tensor, Tensor]:
     return point, (log_one[:, None] + log_one).reshape(-1)
 
 
-def _score_moments(moments: Tensor, inverse_sigma: Tensor, inverse_background_sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _score_moments(moments: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over sources of E[g] and E[H] + cov[g], from the moments of (1, a, a^2, b, b^2)."""
-    one = torch.ones_like(inverse_sigma)
-    unit = torch.stack([inverse_sigma, one, inverse_background_sigma, one])
+    unit = torch.ones_like(theta)
+    unit[0::2] = (-theta[1::2]).exp()
     expected = moments[:, 0, 1:]
     covariance = moments[:, 1:, 1:] - expected[:, :, None] * expected[:, None, :]
     second = (unit[:, None] * covariance.sum(0)) * unit
@@ -228,13 +233,17 @@ def _score_moments(moments: Tensor, inverse_sigma: Tensor, inverse_background_si
 
 @dataclass(frozen=True)
 class Population:
-    """The posterior of the globals: mode, mean, covariance; `error_sd` is the change of the mean under finer nodes."""
+    """The posterior of the globals: mode, mean, covariance.
+
+    `correction_sd` is how far (posterior sd, the largest of the globals) a last Newton step on twice as many
+    nodes per dimension moved the mode; the error that is left is twenty times smaller.
+    """
 
     mode: Tensor
     mean: Tensor
     covariance: Tensor
     newton_steps: int
-    error_sd: float
+    correction_sd: float
 
     @property
     def sd(self) -> Tensor:
@@ -245,37 +254,40 @@ class Population:
 def population(rows: Catalogue, log_prior: Callable[[Tensor], Tensor], nodes: int = 13) -> Population:
     """Find the posterior of the globals: Newton to the mode, then two orders of its expansion about the mode.
 
-    In coordinates where the mode is 0 and the Hessian -I, with T3 and T4 the next derivatives of the log posterior,
+    In coordinates where the mode is 0 and the Hessian -I, T3 and T4 being the next derivatives of the log
+    posterior,
 
         mean_i  = T3_ikk / 2
         cov_ij  = I + (T4_ijkk + T3_ikl T3_jkl + T3_ijk T3_kll) / 2
 
-    T3 and T4 are central differences of exact Hessians. The terms left out are of order n**-1.5 of a sd and n**-2.
+    T3 and T4 are central differences of exact Hessians. What is left out is of order n**-1.5 and n**-2.
 
     References:
         Tierney & Kadane 1986, JASA 81, 82-86 (orders of the expansion).
     """
     theta, at, steps = _mode(rows, log_prior, nodes)
-    root = torch.linalg.cholesky(torch.linalg.inv(-(at.hessian + _prior_derivatives(log_prior, theta)[2])))
-    step = 0.5  # posterior sd; central differences err by step**2 times derivatives two orders up, themselves of order 1/n
+    root = torch.linalg.cholesky(torch.linalg.inv(-(at.hessian + _derivatives(log_prior, theta)[2])))
+    step = 0.5  # posterior sd; central differences err by step**2 times derivatives two orders up
 
     def whitened(point: Tensor) -> Tensor:
-        return root.T @ (marginal(rows, point, at.mean, at.covariance, nodes).hessian + _prior_derivatives(log_prior, point)[2]) @ root
+        hessian = marginal(rows, point, at.mean, at.covariance, nodes).hessian
+        return root.T @ (hessian + _derivatives(log_prior, point)[2]) @ root
 
     centre = whitened(theta)
     up, down = ([whitened(theta + sign * step * column) for column in root.T] for sign in (1, -1))
     third = torch.stack([(plus - minus) / (2 * step) for plus, minus in zip(up, down, strict=True)], -1)
-    fourth = torch.stack([(plus + minus - 2 * centre) / step**2 for plus, minus in zip(up, down, strict=True)], -1)
+    fourth = sum((plus + minus - 2 * centre) / step**2 for plus, minus in zip(up, down, strict=True))
     trace = torch.einsum("ikk->i", third)
-    loops = fourth.sum(-1) + torch.einsum("ikl,jkl->ij", third, third) + torch.einsum("ijk,k->ij", third, trace)
+    loops = fourth + torch.einsum("ikl,jkl->ij", third, third) + torch.einsum("ijk,k->ij", third, trace)
     covariance = root @ (torch.eye(4, dtype=torch.float64) + 0.5 * loops) @ root.T
     finer = marginal(rows, theta, at.mean, at.covariance, 2 * nodes - 1)
-    change = root.T @ (finer.gradient + _prior_derivatives(log_prior, theta)[1])
-    return Population(theta, theta + root @ (0.5 * trace), covariance, steps, float(change.abs().max()))
+    move = root.T @ (finer.gradient + _derivatives(log_prior, theta)[1])
+    mode = theta + root @ move
+    return Population(mode, mode + 0.5 * root @ trace, covariance, steps, float(move.abs().max()))
 
 
 def _mode(rows: Catalogue, log_prior: Callable[[Tensor], Tensor], nodes: int) -> tuple[Tensor, Marginal, int]:
-    """Newton with halving, from moments of crude per-source estimates; nodes follow the sources' posteriors."""
+    """Newton with halving, from moments of crude estimates; nodes follow the sources' posteriors."""
     crude = (
         (rows.n_on - rows.n_off * rows.log_alpha.exp()).clamp(min=0.5).log() - rows.log_exposure,
         (rows.n_off + 0.5).log() + rows.log_alpha,
@@ -283,8 +295,9 @@ def _mode(rows: Catalogue, log_prior: Callable[[Tensor], Tensor], nodes: int) ->
     theta = torch.stack([f for x in crude for f in (x.mean(), x.std().clamp(min=0.1).log())])
     at = marginal(rows, theta, *laplace(rows, theta), nodes)
     for count in range(1, 31):
-        value, gradient, hessian = (a + b for a, b in zip((at.value, at.gradient, at.hessian), _prior_derivatives(log_prior, theta), strict=True))
-        values, vectors = torch.linalg.eigh(-hessian)
+        prior_value, prior_gradient, prior_hessian = _derivatives(log_prior, theta)
+        gradient = at.gradient + prior_gradient
+        values, vectors = torch.linalg.eigh(-at.hessian - prior_hessian)
         move = vectors @ ((vectors.T @ gradient) / values.abs())
         gain = float(gradient @ move)  # twice the expected rise of the log posterior, nats
         if gain < 1e-8:
@@ -292,12 +305,13 @@ def _mode(rows: Catalogue, log_prior: Callable[[Tensor], Tensor], nodes: int) ->
         for halving in range(10):
             trial = theta + move * 0.5**halving
             after = marginal(rows, trial, at.mean, at.covariance, nodes)
-            if after.value + _prior_derivatives(log_prior, trial)[0] > value - 1e-6:
+            if after.value + float(log_prior(trial)) > at.value + prior_value - 1e-6:
                 break
         theta, at = trial, after
-    raise RuntimeError(f"the population's mode was not found in 30 Newton steps; the last promised {gain:.2g} nats")
+    raise RuntimeError(f"no mode of the population in 30 Newton steps; the last promised {gain:.2g} nats")
 
 
-def _prior_derivatives(log_prior: Callable[[Tensor], Tensor], theta: Tensor) -> tuple[float, Tensor, Tensor]:
+def _derivatives(log_prior: Callable[[Tensor], Tensor], theta: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Value, gradient and Hessian of the log prior."""
     gradient = torch.autograd.functional.jacobian(log_prior, theta)
     return float(log_prior(theta)), gradient, torch.autograd.functional.hessian(log_prior, theta)

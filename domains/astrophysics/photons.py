@@ -73,6 +73,8 @@ FIELDS = {
         ("source", "band"), "given", constraints.nonnegative, "1", "PSF in background aperture", default=0.0
     ),
 }
+FIELDS["e_min"] = Field(("band",), "given", constraints.nonnegative, "keV", "lower edge; 0 if unknown", default=0.0)
+FIELDS["e_max"] = Field(("band",), "given", constraints.nonnegative, "keV", "upper edge; 0 if unknown", default=0.0)
 BACKGROUND = Field(("source", "band"), "given", constraints.positive, "ct", "expected background in source aperture")
 EDGES = {  # keV; Chandra Source Catalog 2.0, energy bands (Evans et al. 2010, ApJS 189, 37, table 4)
     "ultrasoft": (0.2, 0.5),
@@ -381,13 +383,12 @@ def overlapping(values: Mapping[str, np.ndarray], coords: Mapping[str, np.ndarra
 
     Args:
         values: fields without rows.
-        coords: labels by dim; edges are read from "e_min" and "e_max" along "band", else from Chandra's band names.
+        coords: labels by dim; where the edges are not given, Chandra's own names of bands are known.
     """
     names = [str(b) for b in coords["band"]]
-    if "e_min" in coords and "e_max" in coords:
-        edges = dict(zip(names, zip(coords["e_min"], coords["e_max"], strict=True), strict=True))
-    else:
-        edges = {b: EDGES[b] for b in names if b in EDGES}
+    given = dict(zip(names, zip(values["e_min"], values["e_max"], strict=True), strict=True))
+    edges = {b: (lo, hi) if hi > lo else EDGES.get(b) for b, (lo, hi) in given.items()}
+    edges = {b: e for b, e in edges.items() if e is not None}
     faults = []
     for i, a in enumerate(names):
         for b in names[i + 1 :]:

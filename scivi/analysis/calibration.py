@@ -35,8 +35,8 @@ def ranks(tree: xr.DataTree, truth: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
     shared = [name for name in groups.numeric(truth) if name in posterior]
     if not shared:
         raise DataError(
-            f"truth has {sorted(map(str, truth.data_vars))}, the posterior {sorted(posterior)}: no name in common. "
-            "Rename the variables of truth."
+            f"truth has {sorted(map(str, truth.data_vars))}, the posterior {sorted(posterior)}: "
+            "nothing in common. Rename the variables of truth."
         )
     rng = np.random.default_rng(seed)
     found = {}
@@ -155,7 +155,7 @@ def uniform_band(n: int, *, prob: float = 0.95, points: int = GRID, seed: int = 
 
 
 def uniformity(values: np.ndarray, prob: float) -> dict[str, float | bool]:
-    """Compare numbers in [0, 1] with `uniform_band`: distance from the diagonal, its share of the band, verdict."""
+    """Compare numbers in [0, 1] with `uniform_band`: distance, its share of the band, ok."""
     values = values[np.isfinite(values)]
     if values.size < 5:
         return {"n": values.size, "distance": np.nan, "share_of_band": np.nan, "ok": False}
@@ -208,8 +208,8 @@ def sbc(
     draws = draws or ranks.attrs.get("draws")
     if not draws or any(dim not in array.dims for array in ranks.data_vars.values()):
         raise DataError(
-            f'sbc needs the number of draws (got {draws}) and ranks with dim "{dim}" (got {dict(ranks.sizes)}). '
-            "Pass draws=..., and dim= the name of the dim of repetitions."
+            f'sbc needs the number of draws (got {draws}) and ranks with dim "{dim}" '
+            f"(got {dict(ranks.sizes)}). Pass draws=..., and dim= the name of the dim of repetitions."
         )
     rng = np.random.default_rng(seed)
     names: list[str] = []

@@ -33,12 +33,12 @@ def compare(
             errors.
 
     Returns:
-        Dim variable, entries reduced: n, shift_median, shift_p95, shift_worst (of absolute values; scalars:
-        the value itself in shift_median), shift_mcse, sd_ratio_median, sd_ratio_p95 (of max(r, 1/r)),
-        sd_ratio_worst, sd_ratio_mcse, w1_median, w1_p95, w1_worst, w1_floor (what two samples of this size
-        show if the posteriors are equal), worst_at, comparable, ok. comparable is False for a population
-        variable if the reference holds fewer rows: its posterior then is another one. Attributes:
-        reference_ok, reference_r_hat, reference_divergences.
+        Dim variable, entries reduced: n, shift_median (signed), shift_p95, shift_worst (of absolute
+        values), shift_mcse, sd_ratio_median, sd_ratio_p95 (of max(r, 1/r)), sd_ratio_worst, sd_ratio_mcse,
+        w1_median, w1_p95, w1_worst, w1_floor (what two samples of this size show if the posteriors are
+        equal), worst_at, comparable, ok. comparable is False for a population variable if the reference holds
+        fewer rows: its posterior then is another one. Attributes: reference_ok, reference_r_hat,
+        reference_divergences.
 
     Raises:
         DataError: no variable or no coordinate in common.
@@ -60,11 +60,10 @@ def compare(
 
 
 def entrywise_differences(svi: xr.DataTree, nuts: xr.DataTree) -> dict[str, xr.Dataset]:
-    """Differences of every shared entry, by variable: shift, shift_mcse, sd_ratio, sd_ratio_mcse, w1,
-    w1_floor.
+    """Differences of every shared entry, by variable.
 
-    Also mean_svi, mean_nuts, sd_svi, sd_nuts. Dims are those of the site; entries that NUTS holds fixed are
-    NaN.
+    Holds shift, shift_mcse, sd_ratio, sd_ratio_mcse, w1, w1_floor as `compare` defines them, and mean_svi,
+    mean_nuts, sd_svi, sd_nuts. Dims are those of the site; entries that NUTS holds fixed are NaN.
     """
     a, b = groups.numeric(groups.group(svi, "posterior")), groups.numeric(groups.group(nuts, "posterior"))
     shared = [name for name in a if name in b]
@@ -87,7 +86,7 @@ def entrywise_differences(svi: xr.DataTree, nuts: xr.DataTree) -> dict[str, xr.D
 
 
 def _differences(left: xr.DataArray, right: xr.DataArray, markov: bool) -> xr.Dataset:
-    """Entry by entry; both (chain, draw, *site dims) after alignment. The reference is small enough to be held."""
+    """Entry by entry; both (chain, draw, *site dims) after alignment and small enough to be held."""
     from arviz_stats.base import array_stats
     from scipy.stats import wasserstein_distance
 

@@ -55,8 +55,11 @@ def _level(
     value = history["objective"].values[logged].astype(float)
     n = max(5, round(window * len(value)))
     found: dict[str, float | str | bool] = {
-        "objective": float(value[-n:].mean()), "improvement": np.nan, "improvement_se": np.nan, "entries": len(value)
-    }  # fmt: skip
+        "objective": float(value[-n:].mean()),
+        "improvement": np.nan,
+        "improvement_se": np.nan,
+        "entries": len(value),
+    }
     if not np.isfinite(value).all():
         return found | {"verdict": "not finite", "ok": False}
     if len(value) < 2 * n:

@@ -44,10 +44,8 @@ def drift(
     """
     new, old = _fields(tree), _fields(reference)
     if not new or not old:
-        raise DataError(
-            'neither "observed_data" nor "constant_data" is in ' + ("the tree" if not new else "the reference")
-            + ". Make both with scivi.draw."
-        )  # fmt: skip
+        where = "the reference" if new else "the tree"
+        raise DataError(f'{where} has neither "observed_data" nor "constant_data". Make it with scivi.draw.')
     names, records = [], []
     for name, values in old.items():
         record = _versus(new.get(name, np.empty(0)), values)

@@ -10,6 +10,7 @@ from scipy.special import logsumexp
 
 from scivi.analysis import groups, pareto
 from scivi.analysis.calibration import ALPHA, rank_among, uniformity
+from scivi.analysis.weights import row_reliability
 
 
 def pit_values(tree: xr.DataTree, *, seed: int = 0) -> xr.Dataset:
@@ -138,7 +139,7 @@ def _by_draw(array: xr.DataArray) -> Iterator[np.ndarray]:
             yield part.reshape(part.shape[0], -1).astype(float)
 
 
-def loo(tree: xr.DataTree, *, threshold: float = 0.7) -> xr.Dataset:
+def loo(tree: xr.DataTree, *, threshold: float = 0.7, rows: xr.Dataset | None = None) -> xr.Dataset:
     """Expected log predictive density of a row left out, corrected for the approximation.
 
     Rows without latents of their own, per observed site: with r_s = p(x, theta_s) / q(theta_s) / p(x_i |
@@ -147,13 +148,14 @@ def loo(tree: xr.DataTree, *, threshold: float = 0.7) -> xr.Dataset:
 
     Rows with latents of their own, all observed sites together: p(x_i | z_i, theta) is not the density of a
     left-out row, since z_i has seen x_i, and the joint ratio p / q over all rows drowns in the other rows'
-    noise. Instead z_i is integrated by the row's own weights, elpd_i = log mean_s exp(row_log_weight), for
-    which the normaliser is known. The globals are not left out: the sum is too large by about one nat per
+    noise. Instead z_i is integrated by the row's own weights, elpd_i = log mean_s exp(row_log_weight), whose
+    normaliser is known. The globals are not left out: the sum is too large by about one nat per
     well-determined global.
 
     Args:
         tree: with log_likelihood, or sample_stats/row_log_weight.
         threshold: largest k-hat of a row to accept.
+        rows: the result of `weights.row_reliability`, if at hand.
 
     Returns:
         Dim variable, one entry per observed site (or the one entry "row"): elpd, se, p_loo (NaN where rows
@@ -161,47 +163,52 @@ def loo(tree: xr.DataTree, *, threshold: float = 0.7) -> xr.Dataset:
         elpd_<site> and k_hat_<site> per row.
 
     Raises:
-        DataError: neither group is there.
+        DataError: neither group is there, or fewer than 25 draws.
 
     References:
         Magnusson, Andersen, Jonasson, Vehtari (2019), ICML, arXiv:1904.10679.
         Vehtari, Gelman, Gabry (2017), Statistics and Computing 27:1413, arXiv:1507.04544.
     """
     if groups.has(tree, "sample_stats", "row_log_weight"):
-        sites = {"row": groups.group(tree, "sample_stats")["row_log_weight"]}
-        kind = "row latents integrated"
+        rows = row_reliability(tree, threshold=threshold) if rows is None else rows
+        sites = {"row": rows.rename(log_evidence="elpd").assign(p_loo=xr.full_like(rows["gap"], np.nan))}
+        kind = "latents of rows integrated, globals not left out"
     else:
-        sites, kind = groups.numeric(groups.group(tree, "log_likelihood")), "leave-one-out"
-    correction = None
-    if kind == "leave-one-out" and groups.has(tree, "sample_stats", "lp", "log_q"):
+        sites, kind = _leave_one_out(tree), "leave-one-out"
+    columns: dict[str, list[float]] = {k: [] for k in ("elpd", "se", "p_loo", "n", "bad_share", "ok")}
+    pointwise = {}
+    for name, found in sites.items():
+        elpd, k_hat = found["elpd"].values.ravel(), found["k_hat"].values.ravel()
+        there = np.isfinite(elpd)  # missing observations have no density
+        n, bad = int(there.sum()), float((k_hat[there] > threshold).mean())
+        p_loo = float(found["p_loo"].values.ravel()[there].sum())
+        row = (elpd[there].sum(), np.sqrt(n * elpd[there].var()), p_loo, n, bad, bad <= 0.01)
+        for key, value in zip(columns, row, strict=True):
+            columns[key].append(float(value))
+        pointwise |= {f"elpd_{name}": found["elpd"], f"k_hat_{name}": found["k_hat"]}
+    return groups.table("variable", list(sites), columns, kind=kind).assign(pointwise)
+
+
+def _leave_one_out(tree: xr.DataTree) -> dict[str, xr.Dataset]:
+    """elpd, k_hat and p_loo of each entry of each observed site; chains are pooled."""
+    sites, correction = groups.numeric(groups.group(tree, "log_likelihood")), 0.0
+    if groups.has(tree, "sample_stats", "lp", "log_q"):
         stats = tree["sample_stats"].dataset
-        correction = (
-            (stats["lp"].astype(float) - stats["log_q"].astype(float)).transpose(*groups.SAMPLE).values
+        ratio = (
+            (stats["lp"].astype(float) - stats["log_q"].astype(float))
+            .transpose(*groups.SAMPLE)
+            .values.ravel()
         )
+        correction = ratio - ratio.max()
 
     def judge(values: np.ndarray) -> dict[str, np.ndarray]:
-        flat = values.reshape(-1, values.shape[2]).T  # (row, all draws)
-        lppd = logsumexp(flat, axis=-1) - np.log(flat.shape[1])
-        if kind != "leave-one-out":
-            smoothed, k_hat = pareto.smooth(flat)
-            return {"elpd": lppd, "k_hat": k_hat, "p_loo": np.full(len(lppd), np.nan)}
-        ratio = -flat + (0.0 if correction is None else correction.ravel() - correction.max())
-        smoothed, k_hat = pareto.smooth(ratio)
+        flat = values.reshape(-1, values.shape[2]).T  # (entry, draw of any chain)
+        smoothed, k_hat = pareto.smooth(correction - flat)
         elpd = logsumexp(smoothed + flat, axis=-1)
-        return {"elpd": elpd, "k_hat": k_hat, "p_loo": lppd - elpd}
+        return {
+            "elpd": elpd,
+            "k_hat": k_hat,
+            "p_loo": logsumexp(flat, axis=-1) - np.log(flat.shape[1]) - elpd,
+        }
 
-    names, rows, pointwise = [], [], {}
-    for name, array in sites.items():
-        found = groups.entrywise(array, judge)
-        elpd = found["elpd"].values.ravel()
-        there = np.isfinite(elpd)
-        n, bad = int(there.sum()), float((found["k_hat"].values.ravel()[there] > threshold).mean())
-        p_loo = float(found["p_loo"].sum(skipna=kind == "leave-one-out"))
-        rows.append((elpd[there].sum(), np.sqrt(n * elpd[there].var()), p_loo, n, bad, bad <= 0.01))
-        names.append(name)
-        pointwise |= {f"elpd_{name}": found["elpd"], f"k_hat_{name}": found["k_hat"]}
-    keys = ("elpd", "se", "p_loo", "n", "bad_share", "ok")
-    result = groups.table(
-        "variable", names, {key: [r[i] for r in rows] for i, key in enumerate(keys)}, kind=kind
-    )
-    return result.assign(pointwise)
+    return {name: groups.entrywise(array, judge) for name, array in sites.items()}

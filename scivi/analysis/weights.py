@@ -32,8 +32,9 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
 
     Returns:
         Dim variable: mean, sd, corrected_mean, shift_sd, shift_mcse (both in posterior sd), ok. Dim chain:
-        k_hat, ess. The attribute decisive is 0 if more than 50 rows have latents of their own: then ok is
-        False throughout, for want of evidence, and only population variables are listed.
+        k_hat, ess. The attribute decisive is 0 if more than 50 rows have latents of their own and k-hat is
+        above the threshold: then ok is False throughout, for want of evidence. Row-level variables are listed
+        up to 50 rows.
 
     Raises:
         DataError: a group is missing, or fewer than 25 draws.
@@ -41,8 +42,9 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
     Notes:
         log w is a sum over rows. If each row's guide is off by a harmless 0.03 nats, its log weight has a
         variance of about 0.06, and that of a thousand rows 60: k-hat is far above 1 though every row is good.
-        So with many rows their own weights decide (`row_reliability`), and the population needs a check of
-        its own: the Newton finish on the marginal, or NUTS (`comparison.compare`).
+        A small k-hat is good news at any size, but with many rows a large one is no news: their own weights
+        decide (`row_reliability`), and the population needs a check of its own: the Newton finish on the
+        marginal, or NUTS (`comparison.compare`).
 
     References:
         Yao, Vehtari, Simpson, Gelman (2018), ICML, arXiv:1802.02538.
@@ -52,9 +54,9 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
     log_weight = (stats["lp"].astype(float) - stats["log_q"].astype(float)).transpose(*groups.SAMPLE).values
     smoothed, k_hat = pareto.smooth(log_weight)
     weight, rows = np.exp(smoothed), groups.local_rows(tree)
-    decisive = rows <= FEW_ROWS
+    decisive = rows <= FEW_ROWS or bool((k_hat <= threshold).all())
     posterior = groups.group(tree, "posterior")
-    names = groups.population_names(tree) + (groups.local_names(tree) if decisive else [])
+    names = groups.population_names(tree) + (groups.local_names(tree) if rows <= FEW_ROWS else [])
     columns: dict[str, list[np.ndarray]] = {}
     entries: list[str] = []
     for name in names:
@@ -108,9 +110,9 @@ def row_reliability(
         block: numbers in memory at once.
 
     Returns:
-        The rows' dim: k_hat, ess, gap, outside (False where not recorded), amortisation_gap if the tree has
-        it, ok. Several chains: the worst of each number. A row outside the range of the fit is ok if its
-        weights are: they come from the model, not from the training set.
+        The rows' dim: k_hat, ess, gap, log_evidence (log mean(w), nats), outside (False where not recorded),
+        amortisation_gap if the tree has it, ok. Several chains: the worst of each number. A row outside the
+        range of the fit is ok if its weights are: they come from the model, not from the training set.
 
     Raises:
         DataError: no row weights (the template has no latents of its rows), or fewer than 25 draws.
@@ -118,17 +120,20 @@ def row_reliability(
     stats = groups.group(tree, "sample_stats")
     if "row_log_weight" not in stats:
         raise DataError(
-            '"sample_stats" has no "row_log_weight": the rows have no latents of their own, or the tree is from '
-            "NUTS. Use reliability(tree) instead."
+            '"sample_stats" has no "row_log_weight": the rows have no latents of their own, or the tree is '
+            "of NUTS. Use reliability(tree) instead."
         )
 
     def judge(values: np.ndarray) -> dict[str, np.ndarray]:
         chains, draws, n = values.shape
         flat = np.moveaxis(values, 1, 2).reshape(chains * n, draws)
         smoothed, k_hat = pareto.smooth(flat)
-        gap = logsumexp(flat, axis=-1) - np.log(draws) - flat.mean(-1)
-        k_hat, ess, gap = (a.reshape(chains, n) for a in (k_hat, pareto.effective_size(smoothed), gap))
-        return {"k_hat": k_hat.max(0), "ess": ess.min(0), "gap": gap.max(0)}
+        evidence = logsumexp(flat, axis=-1) - np.log(draws)
+        k_hat, ess, evidence, mean = (
+            a.reshape(chains, n) for a in (k_hat, pareto.effective_size(smoothed), evidence, flat.mean(-1))
+        )
+        gap = (evidence - mean).max(0)
+        return {"k_hat": k_hat.max(0), "ess": ess.min(0), "gap": gap, "log_evidence": evidence.max(0)}
 
     result = groups.entrywise(stats["row_log_weight"], judge, block)
     outside = stats["outside"].values if "outside" in stats else np.zeros(result["k_hat"].shape)

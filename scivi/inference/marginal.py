@@ -45,6 +45,7 @@ class Noise:
         start: first coordinate in the row's noise vector.
         row_dim: whose rows.
         row_axis: its plate's dim.
+        n_plates: how many dims of ``shape`` are plates.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Noise:
     start: int
     row_dim: str
     row_axis: int
+    n_plates: int
 
     @property
     def size(self) -> int:
@@ -59,8 +61,13 @@ class Noise:
         return math.prod(self.shape)
 
     def cut(self, points: Tensor) -> Tensor:
-        """This site's coordinates of points (K, dims), as (K, *shape)."""
-        return points[:, self.start : self.start + self.size].reshape(len(points), *self.shape)
+        """This site's coordinates of points (K, dims) as (K, *shape), or of points (K, rows, dims) with rows in place."""
+        mine = points[..., self.start : self.start + self.size]
+        if points.dim() == 2:
+            return mine.reshape(len(points), *self.shape)
+        place = self.n_plates + self.row_axis
+        rest = self.shape[:place] + self.shape[place + 1 :]
+        return mine.reshape(*points.shape[:2], *rest).movedim(1, 1 + place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,7 @@ def layout(bound: Bound, batch: Batch) -> Layout:
         for frame in site["cond_indep_stack"]:
             if frame.vectorized and frame.name != row_dim:
                 spread[frame.dim] = frame.size
-        sites.append(Noise(name, (*spread, *event), start, row_dim, plates[row_dim]))
+        sites.append(Noise(name, (*spread, *event), start, row_dim, plates[row_dim], bound.nesting))
         start += sites[-1].size
     if not sites:
         return Layout(refusal="there is no latent per row")
@@ -127,6 +134,11 @@ def nodes(dims: int, per_dim: int, like: Tensor, *, n_random: int = RANDOM_NODES
     return normal.to(like), like.new_full((n_random,), -math.log(n_random))
 
 
+def n_nodes(dims: int, per_dim: int) -> int:
+    """How many nodes the full marginal takes."""
+    return per_dim**dims if dims <= GRID_DIMS else 4 * RANDOM_NODES
+
+
 class _ShownDetached(Messenger):
     """Global values that the guide's code sees carry no gradient; the trace keeps those that do."""
 
@@ -139,7 +151,7 @@ class _ShownDetached(Messenger):
             msg["value"] = msg["value"].detach()
 
 
-def _run_guide(
+def run_guide(
     bound: Bound, batch: Batch, plan: Layout, points: Tensor, n_fixed: int, fixed: Mapping[str, Tensor] | None = None
 ) -> tuple[poutine.Trace, dict[str, Tensor]]:
     """The guide with local sites at ``points``, the first ``n_fixed`` of which are detached; and their log density.
@@ -157,12 +169,12 @@ def _run_guide(
         density[site.row_dim] = density[site.row_dim] + by_row(log_q, bound.nesting, site.row_axis)
         return torch.cat([value[:n_fixed].detach(), value[n_fixed:]])
 
-    with _ShownDetached(bound.template.row_dims), Placed([*noise, *(fixed or {})], place):
-        trace = poutine.trace(bound.guide).get_trace(batch)
+    with Placed([*noise, *(fixed or {})], place):  # the trace records a value before the guide's code sees it detached
+        trace = poutine.trace(_ShownDetached(bound.template.row_dims)(bound.guide)).get_trace(batch)
     return trace, {dim: value.expand(len(points), -1) for dim, value in density.items()}
 
 
-def _run_model(bound: Bound, batch: Batch, values: Mapping[str, Tensor], *, frozen: bool = False) -> poutine.Trace:
+def run_model(bound: Bound, batch: Batch, values: Mapping[str, Tensor], *, frozen: bool = False) -> poutine.Trace:
     def run() -> poutine.Trace:
         with Placed(values, lambda name, _: values[name]):
             return poutine.trace(bound.model).get_trace(batch)
@@ -187,7 +199,7 @@ def _globals(trace: poutine.Trace, bound: Bound, skip: str = "") -> dict[str, Te
     }
 
 
-def _latent_values(trace: poutine.Trace) -> dict[str, Tensor]:
+def latent_values(trace: poutine.Trace) -> dict[str, Tensor]:
     return {n: s["value"] for n, s in sample_sites(trace) if not s["infer"].get("is_auxiliary")}
 
 
@@ -209,10 +221,10 @@ def objective(
     seed = int(torch.randint(2**31, ())) if plan.dims > GRID_DIMS else 0
     points, log_w = nodes(plan.dims, per_dim, like, seed=seed)
     n = len(points)
-    guide, density = _run_guide(bound, batch, plan, torch.cat([points, torch.randn_like(points[:1])]), n)
-    values, local = _latent_values(guide), {s.name for s in plan.sites}
-    model = _run_model(bound, batch, {k: v[:n] if k in local else v for k, v in values.items()})
-    sample = _run_model(bound, batch, {k: v[n:] if k in local else v.detach() for k, v in values.items()}, frozen=True)
+    guide, density = run_guide(bound, batch, plan, torch.cat([points, torch.randn_like(points[:1])]), n)
+    values, local = latent_values(guide), {s.name for s in plan.sites}
+    model = run_model(bound, batch, {k: v[:n] if k in local else v for k, v in values.items()})
+    sample = run_model(bound, batch, {k: v[n:] if k in local else v.detach() for k, v in values.items()}, frozen=True)
     marginal, own = torch.zeros(()), torch.zeros(())
     for row_dim in {s.row_dim for s in plan.sites}:
         scale, log_q = row_scale(batch, row_dim), density[row_dim]
@@ -235,6 +247,9 @@ class Newton:
         covariance: inverse of the negative Hessian there, (D, D).
         step_sd: size of the last step in posterior sd, the largest of the coordinates.
         steps: steps taken.
+        nodes: Gauss-Hermite nodes per local dimension at the end.
+        node_error_sd: by how much going from coarse to fine nodes moved the mode, in posterior sd: an estimate, from
+            above, of what is left of the integration error.
         log_evidence: Laplace estimate of the log evidence, nats.
     """
 
@@ -242,6 +257,8 @@ class Newton:
     covariance: Tensor
     step_sd: float
     steps: int
+    nodes: int
+    node_error_sd: float
     log_evidence: float
 
 
@@ -278,8 +295,8 @@ def log_marginal(
         seed: of the nodes where they are random.
     """
     points, log_w = nodes(plan.dims, per_dim, theta, n_random=4 * RANDOM_NODES, seed=seed)
-    guide, density = _run_guide(bound, batch, plan, points, len(points), {module.name: theta})
-    model = _run_model(bound, batch, _latent_values(guide))
+    guide, density = run_guide(bound, batch, plan, points, len(points), {module.name: theta})
+    model = run_model(bound, batch, latent_values(guide))
     out = theta.new_zeros(())
     for row_dim in {s.row_dim for s in plan.sites}:
         weight = _rows(model, bound, batch, row_dim) - density[row_dim].detach()
@@ -295,35 +312,44 @@ def newton_finish(
     batches: Callable[[], Iterable[Batch]],
     per_dim: int,
     *,
-    max_steps: int = 6,
+    fine: Callable[[], Iterable[Batch]] | None = None,
+    max_steps: int = 8,
     tolerance: float = 0.02,
 ) -> Newton:
     """Mode and covariance of the globals by Newton's method on the full marginal.
+
+    Newton steps are taken on ``per_dim`` nodes; then, with ``fine``, the mode is moved by gradients on twice as many
+    nodes and one, with the coarse curvature, until it stays.
 
     Args:
         bound: a trained pair; its joint normal is where the search starts, and is not changed.
         batches: makes one pass over all rows, in chunks.
         per_dim: Gauss-Hermite nodes per local dimension.
+        fine: the same, in chunks for the fine nodes; None leaves the coarse answer.
         max_steps: Newton steps at most; each costs D + 1 passes with gradients.
         tolerance: stop when no coordinate moved by more, in posterior sd.
 
     Raises:
         Unsupported: the guide's noise cannot be laid out, or no joint normal holds all globals.
     """
-    module = global_module(bound)
-    plan = layout(bound, next(iter(batches())))
+    module, plan = global_module(bound), layout(bound, next(iter(batches())))
     if module is None or plan.refusal is not None:
         raise Unsupported(
             f"the Newton finish cannot be had: "
             f"{plan.refusal or 'no full-rank joint normal holds all globals (scivi.models.guides.global_normal)'}."
         )
+
+    def derivatives(theta: Tensor, *, curved: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        passes, n = (batches, per_dim) if curved or fine is None else (fine, 2 * per_dim + 1)
+        return _derivatives(bound, module, theta, passes, plan, n, curved=curved)
+
     theta, step_sd, taken = module.loc.detach().clone(), math.inf, 0
-    value, gradient, hessian = _derivatives(bound, module, theta, batches, plan, per_dim)
+    value, gradient, hessian = derivatives(theta)
     while taken < max_steps and step_sd > tolerance:
         covariance = torch.linalg.inv(_positive(-hessian))
         step, length = covariance @ gradient, 1.0
         while True:
-            ahead = _derivatives(bound, module, theta + length * step, batches, plan, per_dim)
+            ahead = derivatives(theta + length * step)
             if ahead[0] >= value - _noise_of(value, theta) or length < 1e-3:
                 break
             length *= 0.5
@@ -331,8 +357,16 @@ def newton_finish(
         step_sd = float((length * step / covariance.diagonal().sqrt()).abs().max())
         taken += 1
     covariance = torch.linalg.inv(_positive(-hessian))
+    coarse, sd, n_nodes = theta, covariance.diagonal().sqrt(), per_dim
+    if fine is not None:
+        n_nodes, step_sd = 2 * per_dim + 1, math.inf
+        while step_sd > tolerance and taken < 2 * max_steps:
+            value, gradient, _ = derivatives(theta, curved=False)
+            step = covariance @ gradient
+            theta, step_sd, taken = theta + step, float((step / sd).abs().max()), taken + 1
     evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
-    return Newton(theta, covariance, step_sd, taken, evidence)
+    moved = float(((theta - coarse) / sd).abs().max())
+    return Newton(theta, covariance, step_sd, taken, n_nodes, moved, evidence)
 
 
 def _noise_of(value: Tensor, theta: Tensor) -> float:
@@ -354,15 +388,18 @@ def _derivatives(
     batches: Callable[[], Iterable[Batch]],
     plan: Layout,
     per_dim: int,
+    *,
+    curved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, gradient and Hessian of the log marginal over all rows, summed over chunks in float64."""
+    """Value, gradient and (if ``curved``) Hessian of the log marginal over all rows, summed over chunks in float64."""
     point = theta.detach().double()
     value, gradient, hessian = point.new_zeros(()), torch.zeros_like(point), point.new_zeros(len(theta), len(theta))
     for k, batch in enumerate(batches()):
         at = theta.detach().clone().requires_grad_(True)
         part = log_marginal(bound, module, at, batch, plan, per_dim, with_prior=k == 0)
-        (slope,) = torch.autograd.grad(part, at, create_graph=True)
-        curvature = [torch.autograd.grad(slope[i], at, retain_graph=True)[0] for i in range(len(theta))]
+        (slope,) = torch.autograd.grad(part, at, create_graph=curved)
         value, gradient = value + part.detach(), gradient + slope.detach()
-        hessian = hessian + torch.stack(curvature).detach()
+        if curved:
+            rows = [torch.autograd.grad(slope[i], at, retain_graph=True)[0] for i in range(len(theta))]
+            hessian = hessian + torch.stack(rows).detach()
     return value, gradient.to(theta), hessian.to(theta)

@@ -1,7 +1,8 @@
-"""AnnData as a ``Table``: in memory, backed, h5ad and zarr; rows of sparse matrices are made dense when read."""
+"""AnnData as a ``Table``: in memory, backed, h5ad and zarr; sparse rows become dense when read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def of_h5ad(path: Path) -> Table:
 def of_group(group: Any) -> Table:
     """The table of an AnnData stored in an HDF5 or zarr group."""
     columns: dict[str, Column] = {}
-    labels = {axis: (lambda axis=axis: _labels(group[axis])) for axis in ("obs", "var") if axis in group}
+    labels: dict[str, Callable[[], np.ndarray]] = {
+        axis: (lambda axis=axis: _labels(group[axis])) for axis in ("obs", "var") if axis in group
+    }
     if "X" in group and _encoding(group["X"]) != "null":
         columns["X"] = _of_element(group["X"], ("obs", "var"))
     for place, dims in _GROUPS.items():

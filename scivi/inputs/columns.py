@@ -48,6 +48,7 @@ class Table:
         labels: by dim, a function that reads its labels.
         row: the axis that takes the name of the template's first row dim, if no dim has that name.
         loose: axes without a name of their own, which take the names that a field declares, in order.
+        lines: whether it is a list of lines, which is pivoted if it has a column for each dim of a matrix.
         what: what the user gave, for messages.
     """
 
@@ -55,6 +56,7 @@ class Table:
     labels: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=lambda: MappingProxyType({}))
     row: str | None = None
     loose: frozenset[str] = frozenset()
+    lines: bool = False
     what: str = "table"
 
 
@@ -132,46 +134,59 @@ def arranged(
     columns: Mapping[str, str] | None = None,
     select: Mapping[str, Sequence[Any]] | None = None,
 ) -> Table:
-    """The same table with other names, or only some labels of a dim. Nothing is read or copied.
+    """The same table with other names, or only some labels of a dim. Nothing on disk is read but labels.
+
+    In a table of lines (a frame, CSV, ECSV, FITS) the columns of labels stand for the dims.
 
     Args:
         table: the table.
         dims: new name by old name.
         columns: field name by column name to be used for it.
-        select: by dim (its old name), the labels to keep, in that order.
+        select: by dim (its old name), the labels to keep, in that order (lines keep their own order).
 
     Raises:
         DataError: listing dims, columns and labels that are not there.
     """
     dims, columns, select = dict(dims or {}), dict(columns or {}), dict(select or {})
-    known = {d for column in table.columns.values() for d in column.dims}
+    sizes = {d: n for c in table.columns.values() for d, n in zip(c.dims, c.shape, strict=True)}
+    listing = {d for d in table.columns if table.lines and d not in sizes}
     faults = [
-        f'there is no dim "{d}"; the dims are {sorted(known)}' for d in [*dims, *select] if d not in known
+        f'there is no dim "{d}"; the dims are {sorted({*sizes, *listing})}'
+        for d in dict.fromkeys([*dims, *select])
+        if d not in sizes and d not in listing
     ]
     faults += [
         f'there is no column "{place}" (wanted for "{name}"); there are {sorted(table.columns)}'
         for name, place in columns.items()
         if place not in table.columns
     ]
-    places = {d: _places(table, d, wanted, faults) for d, wanted in select.items() if d in known}
+    places: dict[str, np.ndarray] = {}
+    for d, wanted in select.items():
+        if d in sizes:
+            labels = table.labels[d]() if d in table.labels else np.arange(sizes[d])
+            places[d] = _places(labels, d, wanted, faults)
+        elif d in listing and table.row is not None:
+            labels = table.columns[d].get([None]).astype(str)
+            _places(np.unique(labels), d, wanted, faults)
+            kept = np.flatnonzero(np.isin(labels, [str(w) for w in wanted]))
+            places[table.row] = np.intersect1d(places.get(table.row, kept), kept)
     if faults:
         raise DataError(listed("the table cannot be arranged so:", faults))
     chosen = {**table.columns, **{name: table.columns[place] for name, place in columns.items()}}
-    labels = {dims.get(d, d): _labels_at(read, places.get(d)) for d, read in table.labels.items()}
+    chosen |= {new: table.columns[old] for old, new in dims.items() if old in listing}
+    labels_of = {dims.get(d, d): _labels_at(read, places.get(d)) for d, read in table.labels.items()}
     for d, kept in places.items():  # a dim without labels keeps the numbers of its rows
-        labels.setdefault(dims.get(d, d), lambda kept=kept: kept)
+        labels_of.setdefault(dims.get(d, d), lambda kept=kept: kept)
     return replace(
         table,
         columns={name: _renamed(_kept(column, places), dims) for name, column in chosen.items()},
-        labels=labels,
+        labels=labels_of,
         row=None if table.row in dims else table.row,
         loose=frozenset(d for d in table.loose if d not in dims),
     )
 
 
-def _places(table: Table, dim: str, wanted: Sequence[Any], faults: list[str]) -> np.ndarray:
-    sizes = {d: n for c in table.columns.values() for d, n in zip(c.dims, c.shape, strict=True)}
-    labels = table.labels[dim]() if dim in table.labels else np.arange(sizes[dim])
+def _places(labels: np.ndarray, dim: str, wanted: Sequence[Any], faults: list[str]) -> np.ndarray:
     place = {str(label): k for k, label in enumerate(labels)}
     if absent := [str(w) for w in wanted if str(w) not in place]:
         shown = ", ".join(list(place)[:20])

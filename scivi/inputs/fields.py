@@ -139,7 +139,8 @@ class Tally:
                 place = np.argwhere(where)[0]
                 start = start or (0,) * values.ndim
                 at = ", ".join(f"{d}={i + s}" for d, i, s in zip(self.dims, place, start, strict=True))
-                self.first[kind] = f"{values[tuple(place)]}" + (f" at {at}" if at else "")
+                value = "" if kind == "missing" else f"{values[tuple(place)]}"
+                self.first[kind] = " at ".join(filter(None, (value, at)))
 
     def faults(self) -> list[str]:
         """At most one line for each kind of fault, with count and first place."""
@@ -149,7 +150,7 @@ class Tally:
             hint = " Negative 16-bit counts come from wrap-around: store the counts in a wider integer type."
             faults.append(f"{what}; the first is {self.first['outside']}." + (hint if self.wrapped else ""))
         if self.missing:
-            what = f'field "{self.name}": {self.missing} {of} missing; the first is {self.first["missing"]}.'
+            what = f'field "{self.name}": {self.missing} {of} missing; the first {self.first["missing"]}.'
             faults.append(f"{what} A given field may not have missing entries.")
         return faults
 

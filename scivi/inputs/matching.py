@@ -1,4 +1,4 @@
-"""Which column of a table each field of a template takes, and what its axes are called; every fault on the way."""
+"""Which column of a table each field takes, and what its axes are called; every fault on the way."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Matching:
     named: dict[str, str] = field(default_factory=dict)  # axis of the table -> dim of the template
 
     def columns(self) -> dict[str, Column]:
+        """By field, the column it takes, its axes in the words of the template."""
         known = {d for column in self.table.columns.values() for d in column.dims}
         if self.table.row in known and self.rows[0] not in known:
             self.named[str(self.table.row)] = self.rows[0]
@@ -43,10 +44,12 @@ class Matching:
         return found
 
     def labels(self) -> dict[str, Callable[[], np.ndarray]]:
+        """By dim of the template, what reads its labels; after ``columns``."""
         return {self.named.get(d, d): read for d, read in self.table.labels.items()}
 
-    def sizes_of(self, columns: Mapping[str, Column], given: Mapping[str, int]) -> dict[str, int]:
-        first: dict[str, tuple[int, str]] = {d: (int(n), "the template") for d, n in given.items()}
+    def sizes_of(self, columns: Mapping[str, Column], given: Mapping[str, int | str]) -> dict[str, int]:
+        """Size of every dim, from the columns and as ``given`` by the template (a number, or another dim)."""
+        first = {d: (n, "the template") for d, n in given.items() if not isinstance(n, str)}
         order = list(dict.fromkeys([*(d for f in self.fields.values() for d in f.dims), *given]))
         for name, column in columns.items():
             for dim, size in zip(column.dims, column.shape, strict=True):
@@ -55,6 +58,7 @@ class Matching:
                     self.faults.append(
                         f'dim "{dim}" has {seen[0]} entries in {seen[1]} but {size} in field "{name}".'
                     )
+        first |= {d: first[n] for d, n in given.items() if n in first}
         self.faults += [
             f'dim "{d}" is empty: the table has no entries.' for d, (n, _) in first.items() if n == 0
         ]
@@ -121,8 +125,12 @@ class Matching:
         what = f'field "{name}" has dims {_quoted(shown)}; the template needs {_quoted(declared.dims)}.'
         if self.table.what == "AnnData":
             return f'{what} Name its axes or its place: from_anndata(adata, dims=..., {name}="obsm/...").'
-        if self.table.row is not None:
-            return f"{what} Pass an xarray Dataset, or from_table(data, {declared.dims}) of a long table."
+        if self.table.lines:
+            lacking = [d for d in declared.dims if d not in self.table.columns]
+            add = (
+                f" (add the column {_words(lacking)})" if lacking else f": from_table(data, {declared.dims})"
+            )
+            return f"{what} Pass an xarray Dataset, or a long table{add}."
         if "?" in shown:
             return f"{what} Pass arrays of that shape, or xarray DataArrays with named dims."
         if len(strange) == len(absent) and strange:
@@ -134,7 +142,7 @@ class Matching:
     def _refuse_scan(self, name: str, column: Column) -> None:
         if column.scan is not None and column.dims[column.scan] == self.rows[0]:
             self.faults.append(
-                f'field "{name}" is compressed across "{self.rows[0]}" on disk: reading any rows means reading '
+                f'field "{name}" is compressed across "{self.rows[0]}" on disk: any row of it means reading '
                 f"all. Store it compressed along its rows: adata.X = adata.X.tocsr()."
             )
 
@@ -143,5 +151,9 @@ def _name(name: str) -> str:
     return f'"{name}"'
 
 
+def _words(names: Sequence[str]) -> str:
+    return ", ".join(map(_name, names))
+
+
 def _quoted(dims: Sequence[str]) -> str:
-    return "(" + ", ".join(map(_name, dims)) + ")"
+    return f"({_words(dims)}{',' if len(dims) == 1 else ''})"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +18,7 @@ from scivi.inputs.fields import Field, Tally, raise_faults
 from scivi.inputs.matching import Matching
 from scivi.inputs.tables import as_table, from_table, pivoted
 
-__all__ = ["TableSource", "arranged", "from_anndata", "from_table", "open_source"]
+__all__ = ["TableSource", "arranged", "as_table", "from_anndata", "from_table", "open_source"]
 
 _CHUNK = 2**21  # entries of a field that are checked at a time (our choice: 16 MB as float64)
 _MOST_LABELS = 1_000_000  # labels that are read to look for repeated ones (our choice)
@@ -65,9 +66,10 @@ class TableSource:
     def read(self, index: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Fields by name, new arrays with dims as declared; only ``index`` along the dims it names."""
         index = {dim: np.asarray(places, dtype=np.int64) for dim, places in index.items()}
-        return {name: self._whole(name, index) for name in self.fields}
+        return {name: self.whole(name, index) for name in self.fields}
 
-    def _whole(self, name: str, index: Mapping[str, np.ndarray]) -> np.ndarray:
+    def whole(self, name: str, index: Mapping[str, np.ndarray] = MappingProxyType({})) -> np.ndarray:
+        """One field, repeated along the dims that its column lacks."""
         dims = self.fields[name].dims
         shape = tuple(len(index[d]) if d in index else self.sizes[d] for d in dims)
         if name not in self.columns:
@@ -102,13 +104,13 @@ def open_source(
     rows: Sequence[str],
     *,
     name: str = "template",
-    sizes: Mapping[str, int] = MappingProxyType({}),
-    extra: Callable[[TableSource], list[str]] | None = None,
-) -> Any:
+    sizes: Mapping[str, int | str] = MappingProxyType({}),
+    validate: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], list[str]] | None = None,
+) -> TableSource:
     """Open data for a template: match names and dims, then read all entries once, in chunks, to check them.
 
-    A field finds its column by name, an AnnData's in layers, obs, var, obsm, varm and uns. A given field whose
-    column has fewer dims is repeated along the others. A long table, with a column for each dim, is pivoted.
+    A field finds its column by name, an AnnData's in layers, obs, var, obsm, varm and uns. A given field
+    whose column has fewer dims is repeated along the others. A long table, with a column per dim, is pivoted.
 
     Args:
         data: a source (returned as it is), an AnnData, an xarray Dataset or DataArray, a DataFrame, a dict of
@@ -116,8 +118,8 @@ def open_source(
         fields: what the template needs.
         rows: its row dims.
         name: its name, for messages.
-        sizes: sizes of dims that the data do not give.
-        extra: more faults, found by the template itself.
+        sizes: of dims that the data do not give: a number, or the dim that has the same size.
+        validate: more faults, from the fields without rows and the labels of all dims, both by name.
 
     Returns:
         A source: ``sizes``, ``coords``, ``fingerprint``, ``nbytes`` and ``read(index)``.
@@ -129,31 +131,33 @@ def open_source(
         Costs one pass over the entries; memory does not grow with the number of rows of data on disk.
     """
     if all(hasattr(data, word) for word in ("sizes", "nbytes", "read")):
-        return data
+        return data  # opened before, or a kind of source that somebody wrote
     observed = [f for f, declared in fields.items() if declared.role == "observed"]
     table = as_table(data, observed[0] if len(observed) == 1 else None)
     matching = Matching(_pivoted_if_long(table, fields), dict(fields), tuple(rows))
     columns = matching.columns()
     found = matching.sizes_of(columns, sizes)
-    faults = matching.faults
-    if not faults:
-        labels = {d: read for d, read in matching.labels().items() if d in found}
-        source = TableSource(MappingProxyType(dict(fields)), columns, found, _Labels(found, labels))
-        fingerprint, faults = _checked(source, tuple(rows))
-        nbytes = 4 * sum(int(np.prod([found[d] for d in f.dims])) for f in fields.values())
-        source = TableSource(source.fields, columns, found, source.coords, nbytes, fingerprint)
-        faults += extra(source) if extra is not None else []
-        raise_faults(faults, name)
-        _warn_of_repeated(source, tuple(rows))
-        return source
-    raise_faults(_with_entries(faults, columns, fields), name)
-    return None
+    labels = {d: read for d, read in matching.labels().items() if d in found}
+    source = TableSource(
+        fields=MappingProxyType(dict(fields)),
+        columns=MappingProxyType(columns),
+        sizes=MappingProxyType(found),
+        coords=_Labels(found, labels),
+    )
+    fingerprint, faults = _checked(source, tuple(rows))
+    if validate is not None and not matching.faults:
+        common = [n for n, f in fields.items() if not set(f.dims) & set(rows)]
+        faults += validate({n: source.whole(n) for n in common}, source.coords)
+    raise_faults([*matching.faults, *faults], name)
+    _warn_of_repeated(source, tuple(rows))
+    nbytes = 4 * sum(math.prod(found[d] for d in f.dims) for f in fields.values())
+    return replace(source, nbytes=nbytes, fingerprint=fingerprint)
 
 
 def from_anndata(adata: Any, dims: Mapping[str, str] | None = None, **columns: str) -> Table:
     """An AnnData as a table, with the place of each field said outright. Nothing is copied.
 
-    Without this a field is looked for by its name in layers, obs, var, obsm, varm and uns; ``X`` is never guessed.
+    Without this a field is looked for by name in layers, obs, var, obsm, varm, uns; ``X`` is never guessed.
 
     Args:
         adata: an AnnData (backed or not), or the path of a .h5ad or of an AnnData zarr store.
@@ -176,20 +180,10 @@ def _pivoted_if_long(table: Table, fields: Mapping[str, Field]) -> Table:
     """A table of lines becomes matrices if it has a column for each dim of a field that has several."""
     dims = tuple(dict.fromkeys(d for f in fields.values() for d in f.dims))
     wide = any(len(f.dims) > 1 and name in table.columns for name, f in fields.items())
-    lines = table.row is not None and table.what in ("DataFrame", "astropy Table")
-    if not (wide and lines and all(d in table.columns for d in dims)):
+    if not (wide and table.lines and all(d in table.columns for d in dims)):
         return table
     narrow = {n: f.dims for n, f in fields.items() if n in table.columns and set(f.dims) < set(dims)}
     return as_table(pivoted(table, dims, narrow))
-
-
-def _with_entries(faults: list[str], columns: Mapping[str, Column], fields: Mapping[str, Field]) -> list[str]:
-    """Faults of names and dims, and those of the entries of the columns that were found all the same."""
-    for name, column in columns.items():
-        sizes = dict(zip(column.dims, column.shape, strict=True))
-        alone = TableSource({name: fields[name]}, {name: column}, sizes, _Labels(sizes, {}))
-        faults = faults + _checked(alone, column.dims[:1])[1]
-    return faults
 
 
 def _checked(source: TableSource, rows: tuple[str, ...]) -> tuple[str, list[str]]:
@@ -203,7 +197,7 @@ def _checked(source: TableSource, rows: tuple[str, ...]) -> tuple[str, list[str]
         own = tuple(d for d in declared.dims if d in column.dims)
         sizes = dict(zip(column.dims, column.shape, strict=True))
         along = next((d for d in (*rows, *own) if d in own), None)
-        step = max(1, _CHUNK * sizes.get(along or "", 1) // max(1, int(np.prod(column.shape))))
+        step = max(1, _CHUNK * sizes.get(along or "", 1) // max(1, math.prod(column.shape)))
         digest.update(f"{name} {own} {[sizes[d] for d in own]}".encode())
         tally = Tally(name, declared, own)
         for start in range(0, sizes[along] if along else 1, step):
@@ -211,7 +205,7 @@ def _checked(source: TableSource, rows: tuple[str, ...]) -> tuple[str, list[str]
             values, _ = source.entries(name, index)
             tally.add(values, tuple(start if d == along else 0 for d in own))
             block = np.moveaxis(values, own.index(along), 0) if along else values
-            digest.update(np.ascontiguousarray(block, dtype="<f8"))
+            digest.update(block.astype("<f8").tobytes())
         faults += tally.faults()
     return digest.hexdigest(), faults
 

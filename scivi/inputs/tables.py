@@ -69,7 +69,9 @@ def _of_path(path: Path) -> Table:
     if kind == "zarr" or path.is_dir():
         return _of_zarr(path)
     if kind in ("nc", "nc4", "netcdf", "cdf"):
-        return _of_dataset(_opened(path, "scipy" if path.open("rb").read(3) == b"CDF" else "h5netcdf"))
+        with path.open("rb") as file:
+            engine = "scipy" if file.read(3) == b"CDF" else "h5netcdf"  # netCDF 3, or HDF5
+        return _of_dataset(_opened(path, engine))
     if kind in ("csv", "tsv"):
         import pandas as pd
 
@@ -100,10 +102,11 @@ def _opened(path: Path, engine: str) -> xr.Dataset:
 
 def _of_zarr(path: Path) -> Table:
     import zarr
+    from zarr.errors import BaseZarrError
 
     try:
         group = zarr.open_group(path, mode="r")
-    except (FileNotFoundError, zarr.errors.BaseZarrError) as error:
+    except (FileNotFoundError, BaseZarrError) as error:
         raise DataError(f'"{path}" is not a zarr group: {error}') from None
     if group.attrs.get("encoding-type") == "anndata":
         from scivi.inputs.annotated import of_group
@@ -140,7 +143,7 @@ def _of_frame(frame: Any) -> Table:
     for name, values in labels.items():
         columns.setdefault(name, from_array(values, (row,)))
     known = {row: lambda: labels[row]} if row in labels else {}
-    return Table(columns, known, row=row, what="DataFrame")
+    return Table(columns, known, row=row, lines=True, what="DataFrame")
 
 
 def _of_astropy(table: Any) -> Table:
@@ -149,11 +152,12 @@ def _of_astropy(table: Any) -> Table:
         values = table[name]
         masked = getattr(values, "mask", None)
         plain = np.asarray(values)
+        plain = plain.astype(str) if plain.dtype.kind == "S" else plain.astype(plain.dtype.newbyteorder("="))
         if masked is not None and np.any(masked) and plain.dtype.kind in "biuf":
             plain = np.where(np.asarray(masked), np.nan, plain.astype(float))
         columns[name] = from_array(plain, ("row", *(f"{name}#{k}" for k in range(1, plain.ndim))))
     loose = frozenset(d for column in columns.values() for d in column.dims[1:])
-    return Table(columns, row="row", loose=loose, what="astropy Table")
+    return Table(columns, row="row", loose=loose, lines=True, what="astropy Table")
 
 
 def _of_mapping(data: Mapping[str, Any]) -> Table:
@@ -183,7 +187,7 @@ def from_table(
         narrow: by column, the dims it depends on, if fewer.
 
     Returns:
-        Dataset with coords ``dims``, labels in order of first appearance; combinations that the table lacks are
+        Dataset with coords ``dims``, labels in order of first appearance; combinations that do not occur are
         NaN, columns of text are left out.
 
     Raises:
@@ -230,8 +234,7 @@ def _scattered(values: np.ndarray, places: np.ndarray, size: int, whole: bool) -
     if whole and count.max(initial=1) > 1:
         line = int(first[count.argmax()])
         return np.zeros(size), f"{int((count > 1).sum())} combinations occur more than once; see line {line}"
-    filled = np.full(size, np.nan)
-    out = filled if len(first) < size else filled.astype(values.dtype if values.dtype.kind != "b" else float)
+    out = np.full(size, np.nan) if len(first) < size else np.empty(size, values.dtype)
     out[places[first]] = values[first]
     differs = (out[places] != values) & ~((out[places] != out[places]) & (values != values))
     if differs.any():

@@ -1,0 +1,155 @@
+"""The photon template fitted by SciVI, in the oracle's terms: a table, a fit, the guide at fixed globals."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import xarray as xr
+from photons_oracle import Catalogue, Prior
+from photons_scores import GuideOf
+from pyro import poutine
+from torch import Tensor
+
+import scivi
+from domains.astrophysics import photons
+from scivi.inputs.batches import Batch
+
+THREADS = 2
+_FIELDS = tuple(photons.template.fields)
+
+
+def use_threads(count: int = THREADS) -> None:
+    """Keep this process, whatever library it uses, to some cores. Call before JAX is imported."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={count}"
+    torch.set_num_threads(count)
+
+
+def prior() -> Prior:
+    """The template's prior, as the oracle writes it."""
+    own = photons.template.prior
+    if own.brightness_mean or own.background_mean:
+        raise ValueError("the oracle's prior has its means at zero; the template's has not.")
+    return Prior(own.brightness_sd, own.scatter, own.background_sd, own.background_scatter)
+
+
+def table_of(rows: Catalogue) -> xr.Dataset:
+    """The sources as the template's table, dims (source, band), one band."""
+    columns = {
+        "n_on": rows.n_on,
+        "n_off": rows.n_off,
+        "alpha": rows.log_alpha.exp(),
+        "exposure": rows.log_exposure.exp(),
+    }
+    return xr.Dataset(
+        {name: (("source", "band"), column[:, None].numpy()) for name, column in columns.items()},
+        {"source": rows.row.numpy(), "band": ["broad"]},
+    )
+
+
+def fit_scivi(rows: Catalogue, seed: int, steps: int | None = None) -> scivi.Fit:
+    """Fit the template as a user would, with the default plan."""
+    plan = scivi.Plan(seed=seed)
+    return scivi.fit(photons.template, table_of(rows), plan if steps is None else replace(plan, steps=steps))
+
+
+def globals_of(fit: scivi.Fit) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the guide's globals, in the oracle's coordinates, dims (4,)."""
+    normal = fit.nets.own.globals
+    with torch.no_grad():
+        return normal.loc.double(), normal.scale_tril.double().square().sum(1).sqrt()
+
+
+@dataclass(frozen=True)
+class FittedGuide:
+    """The guide of a fit for some rows, at fixed globals."""
+
+    fit: scivi.Fit
+    batch: Batch
+    theta: Tensor
+
+    def log_density(self, u: Tensor, v: Tensor) -> Tensor:
+        """Log q(u, v), dims (source, point)."""
+        sites = self._sites({"log_brightness": u.T[..., None], "log_background": v.T[..., None]})
+        return sum(
+            sites[name]["fn"].log_prob(sites[name]["value"]) for name in ("log_brightness", "log_background")
+        ).T
+
+    def sample(self, draws: int) -> Tensor:
+        """Draws of u, dims (draw, source)."""
+        with torch.no_grad():
+            return self._sites({})["log_brightness"]["fn"].sample((draws,))[..., 0]
+
+    def _sites(self, given: dict[str, Tensor]) -> dict[str, dict]:
+        """Run the guide with some of its sites held at float32 values."""
+        nets = self.fit.nets.own
+        held = {nets.globals.name: self.theta, **given}
+        held = {name: value.to(self.batch.alpha.dtype) for name, value in held.items()}
+        guide = poutine.trace(poutine.condition(self.fit.template.guide, data=held))
+        with torch.no_grad():
+            return guide.get_trace(self.batch, self.fit.template.prior, nets).nodes
+
+
+def guide_of(fit: scivi.Fit, theta: Tensor) -> GuideOf:
+    """Make the guide of any rows at globals theta, in the coordinates and order of the oracle."""
+
+    def of(rows: Catalogue) -> FittedGuide:
+        columns = {
+            "n_on": rows.n_on,
+            "n_off": rows.n_off,
+            "alpha": rows.log_alpha.exp(),
+            "exposure": rows.log_exposure.exp(),
+            "source_fraction": torch.ones_like(rows.n_on),
+            "spill_fraction": torch.zeros_like(rows.n_on),
+        }
+        values = {name: columns[name][:, None].float() for name in _FIELDS}
+        sizes = {"source": len(rows), "band": 1, "band_other": 1}
+        return FittedGuide(fit, Batch(values, {}, sizes, ("source",)), theta)
+
+    return of
+
+
+def environment() -> dict[str, str | int]:
+    """What the figures depend on besides the code."""
+    found = {}
+    for package in ("torch", "pyro-ppl", "numpyro", "jax", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return {
+        "scivi": scivi.__version__,
+        "python": platform.python_version(),
+        **found,
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": THREADS,
+    }
+
+
+def _processor() -> str:
+    """Model name of the processor, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
+
+
+def write_json(
+    path: Path | None, question: str, figures: dict[str, float], settings: dict[str, float]
+) -> None:
+    """Write the figures of a benchmark, if a path is given."""
+    if path is not None:
+        told = {"question": question, "figures": figures, "environment": {**environment(), **settings}}
+        path.write_text(json.dumps(told, indent=2) + "\n")

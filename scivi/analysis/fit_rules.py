@@ -1,0 +1,213 @@
+"""Rules about the fit: is this distribution the posterior of this model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from scivi.analysis import groups, weights
+from scivi.analysis.check import RICHER, Check, either, graded, note, worst
+
+LEVEL = {
+    "level": "The objective levelled off: it changed by {gain:.3g} ± {error:.2g} nats per row at the end.",
+    "still falling": "The objective was still falling at the end, by {gain:.3g} ± {error:.2g} nats per row.",
+    "rising": "The objective was rising at the end, by {gain:.3g} ± {error:.2g} nats per row.",
+    "too noisy to tell": "The objective is too noisy (± {error:.2g} nats) to tell whether it levelled off.",
+    "too short to tell": "The history is too short to tell whether the objective levelled off.",
+    "not finite": "The objective is not finite somewhere in the history.",
+}
+
+
+def finite(tree: xr.DataTree) -> list[Check]:
+    """No NaN or infinity in any draw."""
+    bad, total = 0, 0
+    for array in groups.numeric(groups.group(tree, "posterior")).values():
+        for _, values in groups.blocks(array):
+            bad, total = bad + int((~np.isfinite(values)).sum()), total + values.size
+    text = f"{bad:,} of {total:,} posterior numbers are not finite."
+    advice = "Look for rows with extreme or missing values; scivi.check names the site."
+    return [either("finite draws", bad, 0, bad == 0, "decides", "All draws are finite.", text, advice)]
+
+
+def optimisation(fit: Mapping[str, Any], level: xr.Dataset | None) -> list[Check]:
+    """How the fit ended, and whether its objective had levelled off."""
+    result: list[Check] = []
+    if fit.get("stopped") == "diverged":
+        text, advice = "The fit diverged.", "Lower the learning rate, or check the data."
+        result.append(Check("ending", np.nan, np.nan, False, "decides", text, advice))
+    if fit.get("stopped") == "signal":
+        text = "The fit was interrupted before its end."
+        result.append(Check("ending", np.nan, np.nan, False, "care", text, "Resume the fit."))
+    again = fit.get("restarts") or []
+    if again:
+        text = f"The fit diverged and was restarted {len(again)} times before it ended well."
+        result.append(note("restarts after divergence", text, len(again)))
+    if level is None:
+        return result
+    verdicts = [str(v) for v in level["verdict"].values]
+    at = next((i for i, v in enumerate(verdicts) if v != "level"), 0)
+    gain, error = float(level["improvement"][at]), float(level["improvement_se"][at])
+    text = LEVEL[verdicts[at]].format(gain=abs(gain), error=error)
+    # our choice: a tenth of a nat per row within a tenth of the run is a fit that has not ended
+    stop = verdicts[at] == "not finite" or (verdicts[at] in ("still falling", "rising") and abs(gain) > 0.1)
+    counts = "decides" if stop else "care"
+    limit, ok = float(level.attrs["tolerance"]), verdicts[at] == "level"
+    return [*result, either("plateau", gain, limit, ok, counts, text, text, "Fit for more steps.")]
+
+
+def importance(
+    tree: xr.DataTree, found: Mapping[str, xr.Dataset], newton: Mapping[str, Any] | None
+) -> list[Check]:
+    """Importance weights: joint ones where they can tell, else those of rows and of the population.
+
+    Up to 50 rows with latents of their own, or none such, the joint k-hat decides. Beyond, a large joint
+    k-hat is a matter of dimension (see `weights.reliability`): the share of rows with a poor k-hat of their
+    own decides about the rows, and the Newton finish, or NUTS on the same rows, about the population.
+    """
+    joint, rows, result = found.get("reliability"), found.get("row_reliability"), []
+    if joint is None and rows is None:
+        text = "No importance weights were stored: how far the guide is from the posterior is unknown."
+        advice = "Draw again with scivi.draw."
+        result.append(Check("importance weights", np.nan, np.nan, False, "care", text, advice))
+    if joint is not None:
+        result += _joint(joint)
+    if rows is not None:
+        result += _rows(rows)
+    if newton:
+        result += _newton(newton)
+    elif rows is not None and not (joint is not None and joint.attrs["decisive"]):
+        result += _population(tree, found.get("compare"))
+    return result
+
+
+def _joint(joint: xr.Dataset) -> list[Check]:
+    """k-hat of the whole approximation, and how far its weights move the means."""
+    k, ess = float(joint["k_hat"].max()), float(joint["ess"].min())
+    if not joint.attrs["decisive"]:
+        text = f"The joint k-hat over {joint.attrs['local_rows']:,} rows ({k:.1f}) says nothing at that size."
+        return [note("joint k-hat", text, k)]
+    numbers = f"k-hat {k:.2f}, effective size {ess:.0f}"
+    # a small k-hat over many rows is more than can be asked for: only few rows must meet the strict limit
+    limit = weights.GOOD_K if joint.attrs["local_rows"] <= weights.FEW_ROWS else weights.USABLE_K
+    degree = "not close to" if k > weights.USABLE_K else "only roughly"
+    result = [
+        graded(
+            "k-hat",
+            k,
+            limit,
+            weights.USABLE_K,
+            f"The approximation as a whole is close to the posterior ({numbers}).",
+            f"The approximation as a whole is {degree} the posterior ({numbers}).",
+            RICHER,
+        )
+    ]
+    if k <= weights.USABLE_K and joint.sizes["variable"]:
+        shift = np.abs(joint["shift_sd"].values)
+        at = int(np.argmax(shift))
+        name, beyond = (
+            str(joint["variable"].values[at]),
+            float((shift - 2 * joint["shift_mcse"].values).max()),
+        )
+        good = f"Correction by the weights moves no mean by much (at most {shift[at]:.2f} sd, {name})."
+        bad = f"Correction by the weights moves the mean of {name} by {shift[at]:.2f} sd."
+        advice = "Take the corrected means of analysis.reliability, or a richer guide."
+        result.append(graded("corrected means", max(beyond, 0.0), weights.SHIFT_SD, 1.0, good, bad, advice))
+    return result
+
+
+def _rows(rows: xr.Dataset) -> list[Check]:
+    """Rows whose own weights are poor, the mean gap, and rows outside the range of the fit."""
+    bad, outside, n = ~rows["ok"].values, rows["outside"].values, rows["ok"].size
+    share, gap, strange = float(bad.mean()), float(np.nanmean(rows["gap"].values)), float(outside.mean())
+    poor = f"{int(bad.sum()):,} of {n:,} rows have a k-hat above {rows.attrs['threshold']} ({share:.2%})."
+    lost = f"A row's guide is {gap:.2g} nats from its posterior, on average over rows."
+    away = f"{int(outside.sum()):,} of {n:,} rows lie outside the range of the fit ({strange:.2%}); "
+    away += f"of these, {int((bad & outside).sum()):,} have poor weights."
+    refine = "Draw the rows with poor weights with refine=, or leave them out of what you conclude."
+    return [
+        # our choice: a hundredth of the rows does not change a catalogue, a tenth does
+        graded("rows with poor weights", share, 0.01, 0.1, poor, poor, refine),
+        # our choice: by Pinsker's inequality 0.1 nats bound the error of any probability by 0.22
+        graded(
+            "mean gap of rows", gap, 0.1, 1.0, lost, lost, "Use a richer guide for the rows, or fit longer."
+        ),
+        graded("rows outside", strange, 0.05, np.inf, away, away, "Fit again with such rows included."),
+    ]
+
+
+def _newton(newton: Mapping[str, Any]) -> list[Check]:
+    """The population's normal approximation against the marginal, as the Newton finish measured it."""
+    k, left = (float(newton[key]) if newton.get(key) is not None else np.nan for key in _NEWTON)
+    ess = newton.get("ess")
+    numbers = f"k-hat {k:.2f}" + (f", effective size {float(ess):.0f}" if ess is not None else "")
+    good = f"The population was finished by Newton on its marginal and agrees with it ({numbers})."
+    bad = f"The population's normal approximation is not close to its marginal ({numbers})."
+    advice = (
+        "Run scivi.nuts for the population, or reparametrise it so that its posterior is nearer to normal."
+    )
+    result = [graded("population k-hat", k, weights.GOOD_K, weights.USABLE_K, good, bad, advice)]
+    if np.isfinite(left):
+        text = f"The Newton finish stopped {left:.2g} posterior sd from the top of the marginal."
+        result.append(graded("population gradient", left, 0.1, 1.0, text, text, "Allow more Newton steps."))
+    return result
+
+
+_NEWTON = ("k_hat", "gradient_norm_sd")
+
+
+def _population(tree: xr.DataTree, compared: xr.Dataset | None) -> list[Check]:
+    """Without Newton finish, only a comparison with NUTS on the same rows vouches for the population."""
+    names = groups.population_names(tree)
+    if not names:
+        return []
+    same = [n for n in names if compared is not None and n in compared["variable"].values]
+    if compared is not None and same and bool(compared["comparable"].sel(variable=same).all()):
+        return [note("population", "The population variables are judged by the comparison with NUTS.")]
+    few = ", ".join(names[:4]) + (" and more" if len(names) > 4 else "")
+    text = (
+        f"Nothing vouches for the population variables ({few}): the ELBO alone can bias them by several sd "
+    )
+    text += "while every row looks right."
+    advice = 'Use Plan(estimator="marginal"), which ends with a Newton finish, or compare with scivi.nuts.'
+    return [Check("population", np.nan, np.nan, False, "care", text, advice)]
+
+
+def agreement(table: xr.Dataset) -> list[Check]:
+    """Several fits of one model."""
+    if not table.attrs["available"]:
+        return [note("restarts", "There is one fit only: agreement of restarts is not available.")]
+    value, where = worst(table, "spread_sd", "worst_at")
+    text = f"{table.attrs['chains']} independent fits differ by at most {value:.2f} sd ({where})."
+    advice = "Fit for more steps; look for several modes."
+    return [graded("restarts", value, weights.SHIFT_SD, 1.0, text, text, advice)]
+
+
+def sampling(tree: xr.DataTree, table: xr.Dataset) -> list[Check]:
+    """Markov chains: R-hat, effective size, divergences (Vehtari et al. 2021, doi:10.1214/20-BA1221)."""
+    if not table.attrs["available"]:
+        text = "There is one chain only: R-hat is not available."
+        return [Check("R-hat", np.nan, 1.01, False, "care", text, "Run four chains.")]
+    value, where = worst(table, "r_hat", "worst_at")
+    ess = float(np.nanmin(table["ess_bulk"].values))
+    wild = 0.0
+    if groups.has(tree, "sample_stats", "diverging"):
+        wild = float(tree["sample_stats"].dataset["diverging"].mean())
+    agree = f"The chains agree to R-hat {value:.3f} (worst: {where})."
+    size = f"The smallest bulk effective size is {ess:.0f}; 400 or more are wanted."
+    advice = "Raise the target acceptance rate, or reparametrise."
+    return [
+        graded("R-hat", value, 1.01, 1.05, agree, agree, "Run longer chains."),
+        either("effective size", ess, 400, ess >= 400, "care", size, size, "Run longer chains."),
+        graded(
+            "divergences",
+            wild,
+            0.0,
+            0.01,
+            "No transition diverged.",
+            f"{wild:.2%} of transitions diverged.",
+            advice,
+        ),
+    ]

@@ -1,0 +1,497 @@
+"""The command line: arguments become the verbs of the library, and nothing else.
+
+What a verb needs is imported inside it, so that ``--help`` is quick and ``scivi report`` runs without torch.
+Longer than 400 lines because eight signatures with their help are most of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import xarray as xr
+from typer.core import TyperGroup
+
+from scivi.errors import CheckpointError, DataError, FitError, PlanError, SciVIError, TemplateError, listed
+
+if TYPE_CHECKING:
+    from scivi.inference.plan import Plan
+    from scivi.models.template import Template
+
+ERROR, NOT_TRUSTED, STOPPED_BY_SIGNAL = 1, 3, 75  # 2 is wrong usage; 75 is "try again" in sysexits.h
+
+
+class _Commands(TyperGroup):
+    """Commands whose errors are messages, not tracebacks."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if str(Path.cwd()) not in sys.path:  # for templates in the folder one is in
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            return super().invoke(ctx)
+        except SciVIError as error:
+            typer.echo(f"scivi: {error}", err=True)
+            raise typer.Exit(NOT_TRUSTED if isinstance(error, FitError) else ERROR) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fit a scientific model by amortised variational inference, and say whether to believe the fit.",
+    epilog="\b\nExit codes:\n  0   done\n  1   data, plan or template unusable, or a law broken\n  2   wrong usage\n"
+    "  3   the fit diverged, or, with --strict, the verdict is: do not trust\n"
+    "  75  stopped by a signal; go on with --resume\n\n"
+    "\b\nExample:\n  scivi fit domains.astrophysics.photons:template data/chandra_ic2395.nc --out results/ic2395",
+)
+
+
+def _repeated(flag: str, metavar: str, help: str) -> Any:
+    """An option that may be given several times."""
+    return typer.Option(flag, default_factory=list, show_default=False, metavar=metavar, help=help)
+
+
+TemplateName = Annotated[str, typer.Argument(metavar="TEMPLATE", help='As "module:name".')]
+Data = Annotated[Path, typer.Argument(metavar="DATA", help=".h5ad, .nc, .zarr, .csv, .tsv, .ecsv or .fits.")]
+Out = Annotated[Path, typer.Option("--out", help="File to write: .nc, or .zarr if draws exceed memory.")]
+Prior = Annotated[list[str], _repeated("--prior", "NAME=VALUE", "Change a number of the prior.")]
+Dim = Annotated[list[str], _repeated("--dim", "OLD=NEW", "Rename a dim of the data.")]
+Column = Annotated[list[str], _repeated("--column", "FIELD=COLUMN", "Where a field is: counts=X.")]
+Select = Annotated[list[str], _repeated("--select", "DIM=A,B", "Keep these labels of a dim.")]
+Draws = Annotated[int, typer.Option(min=1, help="Posterior draws.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary; errors only.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 if the verdict is: do not trust.")]
+
+
+@app.command(
+    epilog="\b\nExamples:\n  scivi fit domains.astrophysics.photons:template field.nc --out results/field\n"
+    "  scivi fit my_model:schools schools.csv --out results/schools --steps 2000 --prior effect_sd=10\n"
+    "  scivi fit domains.astrophysics.photons:template field.ecsv --out results/field \\\n"
+    "      --dim src=source --select band=soft,hard --set clip=none"
+)
+def fit(
+    ctx: typer.Context,
+    template: TemplateName,
+    data: Data,
+    *,
+    out: Annotated[Path, typer.Option("--out", help="Folder for everything that the fit leaves.")],
+    plan: Annotated[Path | None, typer.Option(help="Plan as TOML; flags and --set override it.")] = None,
+    steps: Annotated[int | None, typer.Option(help="The most steps taken.")] = None,
+    rows_per_batch: Annotated[str | None, typer.Option(help='Rows in a minibatch, or "all".')] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="trace, analytic, stl, enumerate, iwae, marginal.")
+    ] = None,
+    particles: Annotated[int | None, typer.Option(help="Guide samples per step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random number.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    compile: Annotated[str | None, typer.Option(help="off or auto.")] = None,
+    setting: Annotated[list[str], _repeated("--set", "NAME=VALUE", "Set any field of the plan.")],
+    prior: Prior,
+    dim: Dim,
+    column: Column,
+    select: Select,
+    draws: Draws = 1000,
+    report: Annotated[bool, typer.Option(help="Write report.html and figures.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if any.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier fit in --out.")] = False,
+    strict: Strict = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a template to data; leave fit, history, posterior, figures and report in a folder."""
+    how = _plan(plan, setting, ctx.params)
+    what = _template(template, prior)
+    source = _opened(what, data, dim, column, select)
+    if (out / "fit").exists() and not (resume or overwrite):
+        raise CheckpointError(f'"{out}" holds a fit. Choose another --out, or give --resume or --overwrite.')
+    from scivi.inference.draws import predict
+    from scivi.inference.loop import fit as fitted
+    from scivi.inference.state import save
+
+    out.mkdir(parents=True, exist_ok=True)
+    beside = {"record": out / "history.jsonl", "checkpoint": out / "checkpoint.safetensors"}
+    result = fitted(what, source, how, **beside, resume=resume, progress=not quiet)
+    save(result, out / "fit")
+    _write(result.history, out / "history.nc")
+    told = result.provenance["fit"]
+    summary = {"fit": str(out / "fit"), "history": str(out / "history.nc")}
+    summary |= {key: told[key] for key in ("stopped", "steps", "wall_s") if key in told}
+    if told["stopped"] == "signal":
+        _tell({**summary, "next": "the same command with --resume"}, as_json, quiet)
+        raise typer.Exit(STOPPED_BY_SIGNAL)
+    tree = predict(result, source, draws, seed=how.seed)
+    _write(tree, out / "posterior.nc")
+    summary["posterior"] = str(out / "posterior.nc")
+    if report:
+        summary |= _judge(tree, out / "report.html", figures=out / "figures")
+    _tell(summary, as_json, quiet)
+    _exit_unless_fit(told["stopped"], summary, strict)
+
+
+@app.command(
+    "predict",
+    help="As draw, with the posterior predictive; missing entries of the data are forecast.",
+    epilog="\b\nExample:\n  scivi predict results/field field_with_gaps.nc --out forecasts.nc",
+)
+@app.command(epilog="\b\nExample:\n  scivi draw results/field new_sources.nc --out new_posterior.nc")
+def draw(
+    ctx: typer.Context,
+    fit: Annotated[Path, typer.Argument(metavar="FIT", help="Folder of a fit.")],
+    data: Data,
+    *,
+    out: Out,
+    more: Annotated[list[Path], _repeated("--with", "FIT", "One more fit, as a chain of its own.")],
+    template: Annotated[
+        str | None, typer.Option(help="The template, if the fit does not say where it is.")
+    ] = None,
+    draws: Draws = 1000,
+    seed: Seed = 0,
+    dim: Dim,
+    column: Column,
+    select: Select,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the posterior of rows, seen in the fit or new."""
+    from scivi.inference import draws as verbs
+    from scivi.inference.state import load
+
+    what = None if template is None else _template(template, [])
+    fits = [load(_fit_folder(folder), template=what) for folder in (fit, *more)]
+    source = _opened(fits[0].template, data, dim, column, select)
+    drawn = verbs.predict if ctx.info_name == "predict" else verbs.draw
+    zarr = out.suffix == ".zarr"
+    tree = drawn(fits if len(fits) > 1 else fits[0], source, draws, seed=seed, to=out if zarr else None)
+    if not zarr:
+        _write(tree, out)
+    _tell({"posterior": str(out), "sizes": _sizes(tree["posterior"])}, as_json, quiet)
+
+
+@app.command(
+    epilog="\b\nExamples:\n  scivi nuts domains.astrophysics.photons:template field.nc --rows 1000 --out nuts.nc\n"
+    "  scivi report results/field/posterior.nc --reference nuts.nc"
+)
+def nuts(
+    template: TemplateName,
+    data: Data,
+    *,
+    out: Out,
+    fit: Annotated[Path | None, typer.Option(help="A fit whose learnt networks are held fixed.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Take a seeded subset of so many rows.")] = None,
+    draws: Draws = 1000,
+    warmup: Annotated[int, typer.Option(min=1, help="Warm-up draws of each chain.")] = 500,
+    chains: Annotated[int, typer.Option(min=1, help="Number of chains.")] = 4,
+    seed: Seed = 0,
+    prior: Prior,
+    dim: Dim,
+    column: Column,
+    select: Select,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Sample the same model by NUTS, to compare."""
+    what = _template(template, prior)
+    source = _opened(what, data, dim, column, select)
+    from scivi.inference.nuts import nuts as sampled
+    from scivi.inference.state import load
+
+    given = None if fit is None else load(_fit_folder(fit), template=what)
+    numbers = {"draws": draws, "warmup": warmup, "chains": chains, "seed": seed, "rows": rows}
+    tree = sampled(what, source, given=given, **numbers, progress=not quiet)
+    _write(tree, out)
+    _tell({"posterior": str(out), "sizes": _sizes(tree["posterior"])}, as_json, quiet)
+
+
+@app.command(
+    epilog="\b\nExample:\n  scivi simulate domains.astrophysics.photons:template --size source=1000 --out sim.nc"
+)
+def simulate(
+    template: TemplateName,
+    *,
+    out: Annotated[
+        Path, typer.Option("--out", help="File for the table; NAME_truth beside it has the truth.")
+    ],
+    size: Annotated[list[str], _repeated("--size", "DIM=N", "Size of a dim; one for each dim.")],
+    seed: Seed = 0,
+    prior: Prior,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate data from a template's model, with the truth."""
+    what = _template(template, prior)
+    sizes = {name: _value(text) for name, text in _pairs(size, "--size").items()}
+    if wrong := [f"--size {name}={n}" for name, n in sizes.items() if not isinstance(n, int) or n < 1]:
+        raise typer.BadParameter(f"{', '.join(wrong)}: a size is a whole number of at least 1.")
+    from scivi.inference.draws import simulate as simulated
+
+    table, truth = simulated(what, sizes, seed=seed)
+    beside = out.with_name(f"{out.stem}_truth{out.suffix}")
+    _write(table, out)
+    _write(truth, beside)
+    _tell({"table": str(out), "truth": str(beside), "sizes": _sizes(table)}, as_json, quiet)
+
+
+@app.command(
+    epilog="\b\nExample:\n  scivi report results/field/posterior.nc --reference nuts.nc --to compared.html"
+)
+def report(
+    posterior: Annotated[Path, typer.Argument(metavar="POSTERIOR", help="From fit, draw, predict or nuts.")],
+    *,
+    reference: Annotated[
+        Path | None, typer.Option(help="A posterior to compare with, from NUTS say.")
+    ] = None,
+    truth: Annotated[Path | None, typer.Option(help="The truth, if the data are simulated.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="The page; by default report.html beside POSTERIOR.")
+    ] = None,
+    strict: Strict = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Judge a posterior: one page, one verdict, and why."""
+    page = posterior.with_name("report.html") if to is None else to
+    summary = _judge(
+        _tree(posterior),
+        page,
+        reference=None if reference is None else _tree(reference),
+        truth=None if truth is None else _tree(truth).to_dataset(),
+    )
+    _tell(summary, as_json, quiet)
+    _exit_unless_fit("", summary, strict)
+
+
+@app.command(epilog="\b\nExample:\n  scivi check my_model:schools --data schools.csv")
+def check(
+    template: TemplateName,
+    *,
+    data: Annotated[
+        Path | None, typer.Option(help="Where given fields come from; else from their support.")
+    ] = None,
+    seed: Seed = 0,
+    prior: Prior,
+    dim: Dim,
+    column: Column,
+    select: Select,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hold a template to the laws that every template obeys; exit with 1 if it breaks one."""
+    what = _template(template, prior)
+    source = None if data is None else _opened(what, data, dim, column, select)
+    from scivi.laws import check as checked
+
+    table = checked(what, like=source, seed=seed)
+    columns = [table[name].values.tolist() for name in ("law", "ok", "detail")]
+    laws = [{"law": law, "ok": ok, "detail": detail} for law, ok, detail in zip(*columns, strict=True)]
+    if as_json:
+        typer.echo(json.dumps(laws, indent=2))
+    elif not quiet:
+        for law in laws:
+            typer.echo(f"{'ok ' if law['ok'] else 'NOT'}  {law['law']}: {law['detail']}")
+    if not all(law["ok"] for law in laws):
+        raise typer.Exit(ERROR)
+
+
+@app.command(epilog="\b\nExamples:\n  scivi info results/field\n  scivi info field.h5ad")
+def info(
+    path: Annotated[Path, typer.Argument(help="Folder of a fit, a posterior, or data.")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Say what is in a folder or file, and where it comes from."""
+    if not path.exists():
+        raise DataError(f'there is no "{path}".')
+    _tell(_described(path), as_json, quiet=False)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _template(reference: str, prior: Sequence[str]) -> Template:
+    """The template called ``module:name``, with numbers of its prior replaced."""
+    from scivi.inference.state import import_template
+
+    template = import_template(reference)
+    return _with_prior(template, _pairs(prior, "--prior")) if prior else template
+
+
+def _with_prior(template: Template, changes: Mapping[str, str]) -> Template:
+    known = {f.name: getattr(template.prior, f.name) for f in fields(template.prior)}
+    faults, values = [], {}
+    for name, text in changes.items():
+        value = _value(text)
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            guess = f'; did you mean "{near[0]}"?' if near else ""
+            faults.append(f'it has no "{name}"; it has {", ".join(known) or "no numbers"}{guess}')
+            continue
+        if isinstance(known[name], float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if known[name] is not None and not isinstance(value, type(known[name])):
+            faults.append(
+                f"{name} = {text}; it must be of type {type(known[name]).__name__}, as {known[name]!r} is"
+            )
+        values[name] = value
+    if faults:
+        raise TemplateError(listed(f'the prior of "{template.name}" cannot be changed so:', faults))
+    return replace(template, prior=replace(template.prior, **values))
+
+
+def _plan(file: Path | None, settings: Sequence[str], flags: Mapping[str, Any]) -> Plan:
+    """Defaults, then the file, then ``--set``, then those flags that name a field of the plan."""
+    from scivi.inference.plan import Plan
+
+    table = (Plan() if file is None else Plan.from_toml(file)).to_dict()
+    given = {name: flags[name] for name in table if flags.get(name) is not None}
+    table |= {name: _value(text) for name, text in _pairs(settings, "--set").items()} | given
+    if isinstance(rows := table["rows_per_batch"], str):
+        table["rows_per_batch"] = None if rows == "all" else _value(rows)
+    try:
+        return Plan.from_dict(table)
+    except TypeError as error:  # a table under "stop" with names that a Plateau does not have
+        raise PlanError(f"this plan cannot be used: {error}.") from None
+
+
+def _opened(template: Template, path: Path, dim: list[str], column: list[str], select: list[str]) -> Any:
+    from scivi.inference.loop import open_data
+    from scivi.inputs.sources import arranged, as_table
+
+    table = as_table(path)
+    if dim or column or select:
+        chosen = {name: labels.split(",") for name, labels in _pairs(select, "--select").items()}
+        table = arranged(table, dims=_pairs(dim, "--dim"), columns=_pairs(column, "--column"), select=chosen)
+    return open_data(template, table)
+
+
+def _fit_folder(folder: Path) -> Path:
+    return folder / "fit" if (folder / "fit").is_dir() else folder
+
+
+def _judge(tree: xr.DataTree, page: Path, figures: Path | None = None, **beside: Any) -> dict[str, Any]:
+    """Write the report, and figures if asked; what the summary says of them."""
+    from scivi import analysis
+
+    table = analysis.report(tree, to=page, **beside)
+    summary = {"verdict": table.attrs["verdict"], "why": json.loads(table.attrs["why"]), "report": str(page)}
+    if figures is None:
+        return summary
+    figures.mkdir(parents=True, exist_ok=True)
+    for name in ("population", "row_k", "catalogue", "predictive", "history"):
+        try:
+            figure = getattr(analysis, f"plot_{name}")(tree)
+        except DataError:  # the posterior has nothing of what this one shows
+            continue
+        figure.savefig(figures / f"{name}.png", dpi=150)
+    return {**summary, "figures": str(figures)}
+
+
+def _exit_unless_fit(stopped: str, summary: Mapping[str, Any], strict: bool) -> None:
+    if stopped == "diverged" or (strict and summary.get("verdict") == "do not trust"):
+        raise typer.Exit(NOT_TRUSTED)
+
+
+def _tree(path: Path) -> xr.DataTree:
+    if not path.exists():
+        raise DataError(f'there is no "{path}".')
+    try:
+        engine = "zarr" if path.is_dir() else "h5netcdf"
+        return xr.open_datatree(path, engine=engine, decode_timedelta=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f'"{path}" is no posterior that can be read: {error}') from None
+
+
+def _write(tree: xr.DataTree | xr.Dataset, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zarr":
+        tree.to_zarr(path, mode="w")
+    else:
+        tree.to_netcdf(path, engine="h5netcdf")
+
+
+def _described(path: Path) -> dict[str, Any]:
+    if path.is_dir() and not {"zarr.json", ".zgroup"} & {p.name for p in path.iterdir()}:
+        inside = [p for p in sorted(path.iterdir()) if p.suffix in (".nc", ".zarr") or p.name == "fit"]
+        told = {p.stem: json.loads(p.read_text()) for p in sorted(path.glob("*.json"))}
+        if not inside and not told:
+            raise DataError(f'"{path}" holds neither a fit nor data.')
+        return {"folder": str(path), **told, **{p.name: _described(p) for p in inside}}
+    if path.suffix in (".nc", ".zarr"):
+        tree = _tree(path)
+        if tree.children:
+            groups = {name: _sizes(node) for name, node in tree.children.items()}
+            return {"groups": groups, "provenance": json.loads(tree.attrs.get("provenance", "{}"))}
+    from scivi.inputs.tables import as_table
+
+    table = as_table(path)
+    columns = table.columns.items()
+    shown = {n: {"dims": list(c.dims), "shape": list(c.shape), "dtype": str(c.dtype)} for n, c in columns}
+    return {"kind": table.what, "columns": shown}
+
+
+def _sizes(node: Any) -> dict[str, int]:
+    return {str(dim): int(n) for dim, n in node.sizes.items()}
+
+
+def _pairs(texts: Sequence[str], option: str) -> dict[str, str]:
+    """``["a=1"]`` as a dict."""
+    for text in texts:
+        if not text.partition("=")[0] or "=" not in text:
+            raise typer.BadParameter(f'{option} "{text}": write it as NAME=VALUE.')
+    return {name.strip(): value.strip() for name, _, value in (text.partition("=") for text in texts)}
+
+
+def _value(text: str) -> Any:
+    """A TOML value, "none", or else the text itself."""
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _tell(summary: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    elif not quiet:
+        _show(summary, 0)
+
+
+def _show(summary: Mapping[str, Any], depth: int) -> None:
+    space = "  " * depth
+    for name, entry in summary.items():
+        if isinstance(entry, Mapping) and any(isinstance(v, Mapping) for v in entry.values()):
+            typer.echo(f"{space}{name}:")
+            _show(entry, depth + 1)
+        elif isinstance(entry, Mapping):
+            typer.echo(f"{space}{name}: " + ", ".join(f"{k} {_flat(v)}" for k, v in entry.items()))
+        elif isinstance(entry, list) and depth == 0:
+            typer.echo(f"{name}:" + "".join(f"\n  - {line}" for line in entry))
+        else:
+            typer.echo(f"{space}{name}: {_flat(entry)}")
+
+
+def _flat(value: Any) -> str:
+    return f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
+
+
+if __name__ == "__main__":
+    main()

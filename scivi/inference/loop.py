@@ -1,0 +1,422 @@
+"""``train``: a generator that fits step by step; ``fit``: the same, run to its end and frozen."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from tqdm.auto import tqdm
+
+from scivi.errors import FitError, PlanError, Unsupported
+from scivi.inference import marginal
+from scivi.inference.objective import Objective, prepare
+from scivi.inference.plan import Plan
+from scivi.inference.recorder import Guarded, JsonLines, Recorder
+from scivi.inference.scores import quiet
+from scivi.inference.state import Fit, State, freeze, load_state, new_state, save_state, versions
+from scivi.inference.step import diagnose, is_finite, read_window, signal_to_noise, update
+from scivi.inputs.batches import Batch, Feed, chunks, make_batch
+from scivi.inputs.sources import open_source
+from scivi.models.binding import Bound, bind, stream_seed
+from scivi.models.template import Template
+
+EXAMPLE_ROWS = 64  # rows that a pair is bound to (our choice: enough for any shape)
+START_ROWS = 4096  # rows of the Newton start (our choice: a second's work, a few percent in the globals)
+MOST_FINE_NODES = 2**26  # rows x nodes above which the finish stays on coarse nodes (our choice: seconds, not minutes)
+NODES_AT_A_TIME = 2**19  # rows x nodes that the Newton finish holds at once (our choice: about 100 MB)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a running fit stands.
+
+    Args:
+        step: steps taken.
+        objective: mean negative bound since the last report, nats per row.
+        grad_norm: mean gradient norm since then.
+        rate: steps per second since then.
+        state: the running fit's own; changes as it goes on.
+    """
+
+    step: int
+    objective: float
+    grad_norm: float
+    rate: float
+    state: State
+
+
+def open_data(template: Template, data: Any) -> Any:
+    """Data as a source that fits the template, checked."""
+    return open_source(
+        data,
+        template.fields,
+        template.row_dims,
+        name=template.name,
+        sizes=template.sizes,
+        validate=template.validate,
+    )
+
+
+def device_of(plan: Plan) -> torch.device:
+    """The device that a plan names.
+
+    Raises:
+        PlanError: there is none such here.
+    """
+    try:
+        device = torch.device(plan.device)
+    except RuntimeError:
+        raise PlanError(f'device = "{plan.device}" is no device; use "cpu", "cuda" or "cuda:1".') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PlanError(f'device = "{plan.device}", but torch finds no CUDA device here; use "cpu".')
+    return device
+
+
+def begin(template: Template, source: Any, plan: Plan) -> State:
+    """The state of a fit before its first step."""
+    device, dtype = device_of(plan), getattr(torch, plan.dtype)
+    feed = Feed(source, template.fields, template.row_dims, plan.rows_per_batch, stream_seed(plan.seed, "order"), device, dtype)
+    example = next(chunks(source, template.fields, template.row_dims, EXAMPLE_ROWS, device, dtype))
+    return new_state(bind(template, example, plan.seed), feed, plan)
+
+
+@contextmanager
+def _sampling(state: State) -> Iterator[None]:
+    """Run on the state's own random stream; the process's is put back afterwards."""
+    device = next(state.bound.nets.parameters()).device
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), quiet():
+        if cuda:
+            torch.cuda.set_rng_state(state.random, device)
+        else:
+            torch.set_rng_state(state.random)
+        yield
+        state.random = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
+
+
+def train(template: Template, data: Any, plan: Plan, *, state: State | None = None) -> Iterator[Progress]:
+    """Fit step by step; whoever wants to act in between writes a ``for`` loop.
+
+    Args:
+        template: what to fit.
+        data: anything ``open_source`` takes.
+        plan: how.
+        state: of an earlier run, to go on from; begun afresh if None.
+
+    Yields:
+        Progress every ``plan.log_every`` steps, and whenever ``plan.save_every_s`` seconds have gone by.
+
+    Raises:
+        DataError, TemplateError, PlanError: before the first step.
+        FitError: it diverged more often than ``plan.restarts`` allows; ``state`` is the last good one.
+    """
+    source = open_data(template, data)
+    state = begin(template, source, plan) if state is None else state
+    with _sampling(state):
+        objective = prepare(state.bound, state.bound.example, plan)
+        if state.step == 0 and objective.estimator == "marginal" and plan.newton:
+            _newton_start(state, source, plan)
+    good = state.pack()
+    while not (state.stopped or _ended(state, plan)):
+        begun, first = time.perf_counter(), state.step
+        with _sampling(state):
+            while not (_ended(state, plan) or state.stopped):
+                update(state, objective, plan)
+                if state.step % plan.log_every == 0 or time.perf_counter() - begun > plan.save_every_s:
+                    break
+        elapsed = time.perf_counter() - begun
+        state.wall_s += elapsed
+        if not is_finite(state.window):
+            _go_back(state, objective, plan, good)
+            continue
+        now = read_window(state.window)
+        if state.step % plan.log_every == 0 or _ended(state, plan):
+            _log(state, plan, now)
+            state.window = {}
+            _consider(state, plan)
+            good = state.pack()
+        yield Progress(state.step, now["objective"], now["grad_norm"], (state.step - first) / elapsed, state)
+    if not state.stopped:
+        state.stopped = "plateau" if state.decay_from is not None else "steps"
+
+
+def _ended(state: State, plan: Plan) -> bool:
+    if state.decay_from is not None and state.decay_steps is not None:
+        return state.step >= min(plan.steps, state.decay_from + state.decay_steps)
+    return state.step >= plan.steps
+
+
+def _log(state: State, plan: Plan, now: Mapping[str, float]) -> None:
+    rows = state.feed.size_of(state.bound.template.row_dims[0])
+    extra = {
+        "step": state.step,
+        "lr": state.lr_factor * plan.lr_at(state.step - 1, state.decay_from, state.decay_steps),
+        "beta": plan.beta_at(state.step - 1),
+        "rows_per_batch": rows or state.feed.sizes[state.bound.template.row_dims[0]],
+        "signal_to_noise": signal_to_noise(state.optimiser),
+        "wall_s": state.wall_s,
+    }
+    state.history.append({**extra, **now})
+
+
+def _consider(state: State, plan: Plan) -> None:
+    """Between entries of the history: let the minibatch grow, and ask the stop rule."""
+    latest, first = state.history[-1], state.bound.template.row_dims[0]
+    size = state.feed.size_of(first)
+    if plan.rows_per_batch_max and size and size < plan.rows_per_batch_max and latest["signal_to_noise"] < plan.grow_below:
+        state.feed.rows_per_batch = min(2 * size, plan.rows_per_batch_max)
+    rule = plan.stop
+    if rule is None or state.decay_from is not None or state.step < max(rule.min_steps, 2 * rule.window):
+        return
+    recent = [e for e in state.history if e["step"] > state.step - rule.window]
+    before = [e for e in state.history if state.step - 2 * rule.window < e["step"] <= state.step - rule.window]
+    if not recent or not before:
+        return
+    error = sum(_standard_error(part) ** 2 for part in (recent, before)) ** 0.5
+    if _mean(before) - _mean(recent) < rule.tolerance * error:
+        state.decay_from, state.decay_steps = state.step, max(1, round(plan.decay * state.step))
+
+
+def _mean(entries: list[dict[str, float]]) -> float:
+    return float(np.average([e["objective"] for e in entries], weights=[e["window_steps"] for e in entries]))
+
+
+def _standard_error(entries: list[dict[str, float]]) -> float:
+    steps = sum(e["window_steps"] for e in entries)
+    return (sum(e["window_steps"] * e["objective_sd"] ** 2 for e in entries) / steps**2) ** 0.5
+
+
+def _go_back(state: State, objective: Objective, plan: Plan, good: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:
+    """After a divergence: name it, go back to the last good state with half the learning rate, or give up."""
+    steps, wall_s, restarts = state.step - good[1]["step"], state.wall_s, list(state.restarts)
+    state.unpack(*good)
+    with _sampling(state):
+        error = diagnose(state, objective, plan, steps)
+    state.unpack(*good)
+    state.wall_s, state.restarts = wall_s, [*restarts, {"step": error.step, "site": error.site, "rows": list(error.rows[:20])}]
+    state.lr_factor = 0.5 ** len(state.restarts)
+    if len(state.restarts) > plan.restarts:
+        state.stopped = "diverged"
+        tried = f" {plan.restarts} restarts with ever smaller learning rates did not help." if plan.restarts else ""
+        raise FitError(f"{error}{tried}", step=error.step, site=error.site, rows=error.rows, state=state)
+
+
+def _newton_start(state: State, source: Any, plan: Plan) -> None:
+    """Put the globals near the mode for a few thousand rows, before the first step; leaves them alone if it fails."""
+    bound = state.bound
+    module = marginal.global_module(bound)
+    if module is None:
+        return
+    batches = _some_rows(source, bound, plan)
+    try:
+        found = marginal.newton_finish(bound, lambda: batches, plan.nodes, max_steps=15, tolerance=0.3)
+    except torch.linalg.LinAlgError:  # a template whose marginal is not smooth at the prior's centre trains from there
+        return
+    if bool(torch.isfinite(found.loc).all() and torch.isfinite(found.covariance).all()):
+        module.set(found.loc, found.covariance)
+        state.newton["start"] = {"steps": found.steps, "step_sd": found.step_sd}
+
+
+def _some_rows(source: Any, bound: Bound, plan: Plan) -> list[Batch]:
+    """Evenly spread rows, in one batch that stands for nothing but itself."""
+    template, like = bound.template, bound.example
+    first = template.row_dims[0]
+    n = source.sizes[first]
+    some = next(iter(like.values.values()))
+    if n <= START_ROWS:
+        return list(chunks(source, template.fields, template.row_dims, n, some.device, some.dtype))
+    index = {first: np.unique(np.linspace(0, n - 1, START_ROWS).astype(int))}
+    return [make_batch(source.read(index), template.fields, source.sizes, template.row_dims, index, some.device, some.dtype)]
+
+
+def fit(
+    template: Template,
+    data: Any,
+    plan: Plan | None = None,
+    *,
+    record: str | Path | Recorder | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Fit:
+    """Fit a template to data.
+
+    Args:
+        template: what to fit.
+        data: AnnData, xarray, DataFrame, dict of arrays, or a path (.h5ad, .nc, .zarr, .csv, .ecsv, .fits).
+        plan: how; ``Plan()`` if None.
+        record: a file for the history as JSON lines, or a recorder.
+        checkpoint: file to which the running fit is saved every ``plan.save_every_s`` seconds, whole or not at all.
+        resume: go on from ``checkpoint`` if it exists.
+        progress: show a progress bar.
+
+    Returns:
+        The fit, gradients off. ``fit.provenance["fit"]["stopped"]`` says how it ended.
+
+    Raises:
+        DataError: the data do not fit; every fault is listed.
+        FitError: it diverged more often than ``plan.restarts`` allows.
+        CheckpointError: the checkpoint belongs to something else.
+
+    Notes:
+        On a signal to terminate (or Ctrl-C) it finishes its step, saves, and returns what it has.
+    """
+    plan = plan or Plan()
+    source = open_data(template, data)
+    state = begin(template, source, plan)
+    identity = _identity(template, source, plan)
+    path = None if checkpoint is None else Path(checkpoint)
+    if resume and path is not None and path.exists():
+        load_state(state, path, identity)
+    recorder = Guarded(JsonLines(record) if isinstance(record, str | Path) else record) if record is not None else None
+    logged, saved = len(state.history), time.monotonic()
+    bar = tqdm(total=plan.steps, initial=state.step, disable=not progress, desc=template.name, unit="step")
+    try:
+        with _signals(state):
+            for now in train(template, source, plan, state=state):
+                bar.set_postfix(nats_per_row=f"{now.objective:.5g}", refresh=False)
+                bar.update(now.step - bar.n)
+                if recorder is not None:
+                    for entry in state.history[logged:]:
+                        recorder.write(entry)
+                logged = len(state.history)
+                if path is not None and time.monotonic() - saved >= plan.save_every_s:
+                    save_state(state, path, identity)
+                    saved = time.monotonic()
+            if path is not None:
+                save_state(state, path, identity)
+            if state.stopped != "signal":
+                bar.set_postfix_str("finishing the globals")
+                _finish(state, source, plan)
+    finally:
+        bar.close()
+        state.feed.close()
+        if recorder is not None:
+            recorder.close()
+    return _frozen(state, source, plan, identity)
+
+
+@contextmanager
+def _signals(state: State) -> Iterator[None]:
+    """While it lasts, the first signal to stop lets the fit finish its step; only the main thread can listen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        state.stopped = "signal"
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _finish(state: State, source: Any, plan: Plan) -> None:
+    """The Newton finish, where estimator and guide allow it."""
+    bound = state.bound
+    with _sampling(state):
+        if not plan.newton or prepare(bound, bound.example, plan).estimator != "marginal":
+            return
+        found = newton_finish_of(bound, source, plan)
+    module = marginal.global_module(bound)
+    if found is None or module is None:
+        return
+    moved = (found.loc - module.loc.detach()) / found.covariance.diagonal().sqrt()
+    module.set(found.loc, found.covariance)
+    state.newton |= {
+        "steps": found.steps,
+        "step_sd": found.step_sd,
+        "nodes": found.nodes,
+        "node_error_sd": found.node_error_sd,
+        "moved_sd": float(moved.abs().max()),
+        "log_evidence": found.log_evidence,
+    }
+
+
+def newton_finish_of(bound: Bound, source: Any, plan: Plan) -> marginal.Newton | None:
+    """The Newton finish over all rows of a source; None if the globals are in no joint normal."""
+    some, template = next(iter(bound.example.values.values())), bound.template
+    dims = marginal.layout(bound, bound.example).dims
+
+    def passes(per_dim: int) -> Callable[[], Iterator[Batch]]:
+        size = max(64, NODES_AT_A_TIME // marginal.n_nodes(dims, per_dim))
+        return lambda: chunks(source, template.fields, template.row_dims, size, some.device, some.dtype)
+
+    rows, fine = source.sizes[template.row_dims[0]], 2 * plan.nodes + 1
+    affordable = dims <= marginal.GRID_DIMS and rows * marginal.n_nodes(dims, fine) <= MOST_FINE_NODES
+    try:
+        return marginal.newton_finish(bound, passes(plan.nodes), plan.nodes, fine=passes(fine) if affordable else None)
+    except Unsupported:
+        return None
+
+
+def _identity(template: Template, source: Any, plan: Plan) -> dict[str, Any]:
+    """What a resumed fit must share with the one that was begun."""
+    free = {"save_every_s", "device"}
+    return {
+        "template": template.name,
+        "prior": template.prior_numbers(),
+        "plan": {k: v for k, v in plan.to_dict().items() if k not in free},
+        "data": {"fingerprint": source.fingerprint, "sizes": dict(source.sizes)},
+    }
+
+
+def _frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) -> Fit:
+    template = state.bound.template
+    ended = {
+        "stopped": state.stopped,
+        "steps": state.step,
+        "wall_s": round(state.wall_s, 3),
+        "restarts": state.restarts,
+        "newton": state.newton or None,
+        "estimator": prepare(state.bound, state.bound.example, plan).estimator,
+    }
+    provenance = {**identity, "plan": plan.to_dict(), "seed": plan.seed, "device": plan.device, "versions": versions(), "fit": ended}
+    coords = {d: np.asarray(source.coords[d]).tolist() for d in source.sizes if d not in template.row_dims}
+    coords |= {d: list(labels) for d, labels in template.coords.items()}
+    return Fit(freeze(state.bound), coords, plan, _history(state.history), provenance, _seen(state, source))
+
+
+def _history(entries: list[dict[str, float]]) -> xr.Dataset:
+    """The history as a dataset over "log"; a part that came later is NaN before."""
+    names = list(dict.fromkeys(name for entry in entries for name in entry))
+    columns = {n: ("log", np.array([e.get(n, np.nan) for e in entries])) for n in names}
+    history = xr.Dataset(columns, {"log": np.arange(len(entries))})
+    for name in history.data_vars:
+        if str(name).startswith(("part_", "objective")):
+            history[name].attrs["units"] = "nat / row"
+    return history
+
+
+def _seen(state: State, source: Any) -> dict[str, torch.Tensor]:
+    """Smallest and largest value of each field along the rows."""
+    template, seen = state.bound.template, {}
+    some = next(iter(state.bound.example.values.values()))
+    for batch in chunks(source, template.fields, template.row_dims, 65536, torch.device("cpu"), some.dtype):
+        for name, declared in template.fields.items():
+            axes = [i for i, d in enumerate(declared.dims) if d in template.row_dims]
+            if not axes:
+                continue
+            mask = batch.observed_mask.get(name)
+            value = batch.values[name]
+            low = value if mask is None else value.masked_fill(~mask, torch.inf)
+            high = value if mask is None else value.masked_fill(~mask, -torch.inf)
+            low, high = low.amin(axes), high.amax(axes)
+            seen[f"{name}.min"] = torch.minimum(seen.get(f"{name}.min", low), low)
+            seen[f"{name}.max"] = torch.maximum(seen.get(f"{name}.max", high), high)
+    return seen

@@ -1,0 +1,66 @@
+"""Where the numbers of a running fit go: anything with ``write`` and ``close``."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """Takes one entry of the history at a time; wrap TensorBoard, MLflow or any other tracker in these two methods."""
+
+    def write(self, entry: Mapping[str, float]) -> None:
+        """Take an entry: names to numbers, "step" among them."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+class JsonLines:
+    """One JSON object a line, appended; a resumed fit goes on in the same file.
+
+    Args:
+        path: of the file; its folder is made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, entry: Mapping[str, float]) -> None:
+        """Append an entry."""
+        self._file.write(json.dumps(dict(entry)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Guarded:
+    """A recorder whose failure ends the recording, with one warning, and not the fit."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder: Recorder | None = recorder
+
+    def write(self, entry: Mapping[str, float]) -> None:
+        """Pass an entry on."""
+        if self._recorder is None:
+            return
+        try:
+            self._recorder.write(entry)
+        except (OSError, RuntimeError, ValueError, ConnectionError) as error:
+            self._recorder = None
+            warnings.warn(f"the recorder failed ({error}); the fit goes on without it.", stacklevel=2)
+
+    def close(self) -> None:
+        """Pass it on."""
+        if self._recorder is not None:
+            self._recorder.close()

@@ -1,0 +1,348 @@
+"""``State`` of a running fit, ``Fit`` of a finished one; atomic save, exact resume, provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+import xarray as xr
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+import scivi
+from scivi.errors import CheckpointError, TemplateError, listed
+from scivi.inference.plan import Plan
+from scivi.inputs.batches import Batch, Feed
+from scivi.models.binding import Bound, bind, stream_seed
+from scivi.models.template import Template
+
+FORMAT = 1  # of saved fits and checkpoints
+
+
+@dataclass
+class State:
+    """A running fit: mutable, private to it, and all that is needed to go on.
+
+    Args:
+        bound: pair with the parameters that are being learnt.
+        optimiser: torch's.
+        feed: of minibatches.
+        random: state of torch's generator for the sampling stream.
+        step: steps taken.
+        window: sums since the last entry of the history, on the device.
+        history: entries, oldest first.
+        lr_factor: product of the halvings after divergences.
+        restarts: what happened at each divergence.
+        decay_from, decay_steps: the final fall of the learning rate, once the stop rule has begun it.
+        wall_s: seconds spent, over all runs.
+        newton: what the Newton start and finish found.
+        stopped: why the fit ended; empty while it runs.
+    """
+
+    bound: Bound
+    optimiser: torch.optim.Optimizer
+    feed: Feed
+    random: Tensor
+    step: int = 0
+    window: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    lr_factor: float = 1.0
+    restarts: list[dict[str, Any]] = field(default_factory=list)
+    decay_from: int | None = None
+    decay_steps: int | None = None
+    wall_s: float = 0.0
+    newton: dict[str, Any] = field(default_factory=dict)
+    stopped: str = ""
+
+    _PLAIN = ("step", "history", "lr_factor", "restarts", "decay_from", "decay_steps", "wall_s", "newton", "stopped")
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All of it as named tensors (copies) and plain values."""
+        tensors = {f"nets.{k}": v.detach().clone() for k, v in self.bound.nets.state_dict().items()}
+        for index, slots in self.optimiser.state_dict()["state"].items():
+            for name, value in slots.items():
+                tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value).detach().clone()
+        tensors |= {f"window.{k}": v.detach().clone() for k, v in self.window.items()}
+        tensors["random"] = self.random.clone()
+        plain = {name: getattr(self, name) for name in self._PLAIN}
+        plain |= {"cursor": self.feed.state(), "rows_per_batch": self.feed.rows_per_batch}
+        return tensors, json.loads(json.dumps(plain))
+
+    def unpack(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Become what ``pack`` described."""
+        some = next(self.bound.nets.parameters(), torch.zeros(()))
+        self.bound.nets.load_state_dict(_under(tensors, "nets."))
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under(tensors, "optimiser.").items():
+            index, slot = name.split(".", 1)
+            slots.setdefault(int(index), {})[slot] = value.clone()
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": slots, "param_groups": groups})
+        self.window = {k: v.to(some.device).clone() for k, v in _under(tensors, "window.").items()}
+        self.random = tensors["random"].clone()
+        for name in self._PLAIN:
+            setattr(self, name, json.loads(json.dumps(plain[name])))
+        self.feed.rows_per_batch = plain["rows_per_batch"]
+        self.feed.restore(plain["cursor"])
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A finished fit: a value that owns its parameters.
+
+    Args:
+        bound: model and guide with their learnt parameters, gradients off.
+        coords: labels of the dims that are not rows.
+        plan: how it was fitted.
+        history: dataset over "log": step, objective and the rest.
+        provenance: template, prior numbers, data, versions, and how the fit ended.
+        seen: smallest and largest value of each field along the rows, by ``<field>.min`` and ``<field>.max``.
+    """
+
+    bound: Bound
+    coords: Mapping[str, list[Any]]
+    plan: Plan
+    history: xr.Dataset
+    provenance: Mapping[str, Any]
+    seen: Mapping[str, Tensor]
+
+    @property
+    def template(self) -> Template:
+        """What was fitted."""
+        return self.bound.template
+
+    @property
+    def nets(self) -> nn.Module:
+        """All learnt numbers, in one module."""
+        return self.bound.nets
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Size of every dim of the data of the fit."""
+        return self.bound.example.sizes
+
+    def __repr__(self) -> str:
+        ended = self.provenance["fit"]
+        return (
+            f'Fit of "{self.template.name}" to {dict(self.sizes)}: {ended["steps"]} steps, stopped by {ended["stopped"]}, '
+            f"objective {float(self.history.objective[-1]):.6g} nats per row"
+        )
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {
+        "scivi": scivi.__version__,
+        "torch": str(torch.__version__),
+        "pyro": pyro.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Put a file in place whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def save_state(state: State, path: str | Path, identity: Mapping[str, Any]) -> None:
+    """Write a checkpoint: one file, put in place whole.
+
+    Args:
+        state: of the running fit.
+        path: of the file.
+        identity: what a resumed fit must share (template, prior, plan, data).
+    """
+    tensors, plain = state.pack()
+    header = {"format": str(FORMAT), "plain": json.dumps(plain), "identity": json.dumps(identity)}
+    write_atomically(Path(path), to_bytes({k: v.contiguous() for k, v in tensors.items()}, header))
+
+
+def load_state(state: State, path: str | Path, identity: Mapping[str, Any]) -> None:
+    """Take up a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, or belongs to another template, plan or data; the message lists what differs.
+    """
+    tensors, header = _read_tensors(Path(path))
+    if header.get("format") != str(FORMAT):
+        raise CheckpointError(f'"{path}" has format {header.get("format")}; this version reads {FORMAT}.')
+    theirs, ours = json.loads(header["identity"]), json.loads(json.dumps(dict(identity)))
+    different = [f"{k}: there {theirs.get(k)!r}, here {ours.get(k)!r}" for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]
+    if different:
+        raise CheckpointError(
+            listed(f'"{path}" belongs to another fit; resume with what it was begun with, or remove it:', different)
+        )
+    state.unpack(tensors, json.loads(header["plain"]))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.exists():
+        raise CheckpointError(f'there is no file "{path}".')
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f'"{path}" cannot be read as safetensors: {error}.') from None
+
+
+def reference_of(template: Template) -> str | None:
+    """``module:name`` under which an equal template (but for its prior) can be imported; None if there is none."""
+    for name, module in sorted(sys.modules.items()):
+        if name == "__main__" or not getattr(module, "__file__", None):
+            continue
+        for attribute, value in vars(module).items():
+            if isinstance(value, Template) and replace(value, prior=template.prior) == template:
+                return f"{name}:{attribute}"
+    return None
+
+
+def import_template(reference: str) -> Template:
+    """The template that ``module:name`` names.
+
+    Raises:
+        TemplateError: there is no such module or name; the message lists the templates that the module has.
+    """
+    module_name, _, name = reference.partition(":")
+    if not name:
+        raise TemplateError(f'"{reference}" is not of the form module:name, such as domains.astrophysics.photons:template.')
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise TemplateError(f'there is no module "{module_name}" ({error}); is its folder on the path?') from None
+    found = getattr(module, name, None)
+    if not isinstance(found, Template):
+        offered = sorted(k for k, v in vars(module).items() if isinstance(v, Template))
+        raise TemplateError(f'module "{module_name}" has no template "{name}"; it has {offered or "none"}.')
+    return found
+
+
+def save(fit: Fit, directory: str | Path) -> Path:
+    """Write a fit: ``fit.json``, tensors in safetensors, ``history.nc``. No code is stored.
+
+    ``fit.json`` names its tensors by their content and is written last, so that a reader meets the old fit or the new.
+
+    Args:
+        fit: what to write.
+        directory: made if absent.
+
+    Returns:
+        The directory.
+    """
+    directory = Path(directory)
+    example = fit.bound.example
+    tensors = {f"nets.{k}": v for k, v in fit.nets.state_dict().items()}
+    tensors |= {f"example.{k}": v for k, v in example.values.items()}
+    tensors |= {f"mask.{k}": v for k, v in example.observed_mask.items()}
+    tensors |= {f"index.{k}": v for k, v in example.index.items()}
+    tensors |= {f"seen.{k}": v for k, v in fit.seen.items()}
+    content = to_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    name = f"tensors-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+    meta = {
+        "format": FORMAT,
+        "tensors": name,
+        "template": fit.template.name,
+        "reference": reference_of(fit.template),
+        "prior": fit.template.prior_numbers(),
+        "plan": fit.plan.to_dict(),
+        "sizes": dict(fit.sizes),
+        "coords": {k: list(v) for k, v in fit.coords.items()},
+        "provenance": dict(fit.provenance),
+    }
+    write_atomically(directory / name, content)
+    write_atomically(directory / "history.nc", bytes(fit.history.to_netcdf(engine="h5netcdf")))
+    write_atomically(directory / "fit.json", json.dumps(meta, indent=1).encode())
+    for old in directory.glob("tensors-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+    return directory
+
+
+def load(directory: str | Path, template: Template | None = None) -> Fit:
+    """Read a fit that ``save`` wrote.
+
+    Args:
+        directory: of the fit.
+        template: the template, if it cannot be imported by the name under which it was saved (a notebook's own).
+
+    Raises:
+        CheckpointError: nothing or something damaged is there; the template has changed since.
+        TemplateError: the template cannot be imported.
+    """
+    directory = Path(directory)
+    try:
+        meta = json.loads((directory / "fit.json").read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f'there is no fit in "{directory}": it has no fit.json.') from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f'"{directory / "fit.json"}" is damaged: {error}.') from None
+    if meta["format"] != FORMAT:
+        raise CheckpointError(f'"{directory}" has format {meta["format"]}; this version reads {FORMAT}.')
+    if template is None:
+        if meta["reference"] is None:
+            raise CheckpointError(
+                f'the template "{meta["template"]}" was not importable when "{directory}" was saved; pass it: '
+                f"load(directory, template)."
+            )
+        template = import_template(meta["reference"])
+    template = replace(template, prior=type(template.prior)(**_tuples(meta["prior"])))
+    tensors, _ = _read_tensors(directory / meta["tensors"])
+    plan = Plan.from_dict(meta["plan"])
+    bound = bind(template, _example(tensors, meta["sizes"], template, plan), plan.seed)
+    try:
+        bound.nets.load_state_dict(_under(tensors, "nets."))
+    except RuntimeError as error:
+        raise CheckpointError(f'"{directory}" does not fit template "{template.name}" as it is now: {error}') from None
+    history = xr.load_dataset(directory / "history.nc", engine="h5netcdf")
+    return Fit(freeze(bound), meta["coords"], plan, history, meta["provenance"], _under(tensors, "seen."))
+
+
+def _tuples(prior: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in prior.items()}
+
+
+def _example(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], template: Template, plan: Plan) -> Batch:
+    index = _under(tensors, "index.")
+    return Batch(_under(tensors, "example."), _under(tensors, "mask."), sizes, template.row_dims, index)
+
+
+def freeze(bound: Bound) -> Bound:
+    """The pair with gradients off and its modules in evaluation mode."""
+    bound.nets.eval().requires_grad_(False)
+    return bound
+
+
+def new_state(bound: Bound, feed: Feed, plan: Plan) -> State:
+    """The state of a fit that has not taken a step."""
+    parameters = [p for p in bound.nets.parameters() if p.requires_grad]
+    if not parameters:
+        raise TemplateError(f'template "{bound.template.name}": neither model nor guide has anything to learn.')
+    makers = {
+        "adam": lambda: torch.optim.Adam(parameters, lr=plan.lr, fused=True),
+        "sgd": lambda: torch.optim.SGD(parameters, lr=plan.lr, momentum=0.9),
+    }
+    generator = torch.Generator(device=parameters[0].device)
+    generator.manual_seed(stream_seed(plan.seed, "sampling"))
+    return State(bound, makers[plan.optimiser](), feed, generator.get_state())

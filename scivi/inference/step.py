@@ -1,0 +1,143 @@
+"""One update: objective, gradient, clipping, optimiser; sums are kept on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scivi.errors import FitError
+from scivi.inference.objective import Objective, Value
+from scivi.inference.plan import Plan
+from scivi.inference.scores import log_prob
+from scivi.inference.state import State
+from scivi.inputs.batches import Batch
+from scivi.models.binding import Bound
+from scivi.models.sites import sample_sites
+
+
+def update(state: State, objective: Objective, plan: Plan) -> Value:
+    """Take one step: the state moves on by one, and its window takes the numbers in.
+
+    Args:
+        state: changed in place.
+        objective: of the state's pair.
+        plan: learning rate, clipping and KL weight are read.
+    """
+    batch = state.feed.next()
+    value = objective.evaluate(batch, plan.beta_at(state.step))
+    state.optimiser.zero_grad(set_to_none=True)
+    value.loss.backward()
+    limit = float("inf") if plan.clip is None else plan.clip
+    norm = nn.utils.clip_grad_norm_(objective.bound.nets.parameters(), limit)
+    lr = state.lr_factor * plan.lr_at(state.step, state.decay_from, state.decay_steps)
+    for group in state.optimiser.param_groups:
+        group["lr"] = lr
+    state.optimiser.step()
+    state.step += 1
+    _add(state.window, value, norm)
+    return value
+
+
+def _add(window: dict[str, Tensor], value: Value, norm: Tensor) -> None:
+    entries = {"objective": value.objective, "square": value.objective.square(), "grad_norm": norm.detach()}
+    entries |= {f"part_{k}": v for k, v in value.parts.items()}
+    entries["n"] = torch.ones_like(value.objective)
+    for name, number in entries.items():
+        window[name] = window[name] + number.double() if name in window else number.double()
+
+
+def read_window(window: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means over the window: one wait on the device for all of them."""
+    names = list(window)
+    sums = dict(zip(names, torch.stack([window[n] for n in names]).tolist(), strict=True))
+    n = sums.pop("n")
+    mean = {name: total / n for name, total in sums.items()}
+    spread = max(0.0, mean.pop("square") - mean["objective"] ** 2)
+    return {**mean, "objective_sd": (spread * n / max(1.0, n - 1)) ** 0.5, "window_steps": n}
+
+
+def is_finite(window: Mapping[str, Tensor]) -> bool:
+    """Whether objective and gradient were finite at every step of the window."""
+    return bool(torch.isfinite(window["objective"] + window["grad_norm"])) if window else True
+
+
+def signal_to_noise(optimiser: torch.optim.Optimizer) -> float:
+    """Norm of Adam's averaged gradient over the root of its averaged square; 1 for no noise, 0 for noise alone."""
+    first, second = 0.0, 0.0
+    for group in optimiser.param_groups:
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        for parameter in group["params"]:
+            slots: dict[str, Any] = optimiser.state.get(parameter, {})
+            if "exp_avg" not in slots:
+                return 1.0
+            t = float(slots["step"])
+            first += float(slots["exp_avg"].square().sum()) / (1 - beta1**t) ** 2
+            second += float(slots["exp_avg_sq"].sum()) / (1 - beta2**t)
+    return (first / second) ** 0.5 if second > 0 else 1.0
+
+
+def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitError:
+    """Take the last steps again, one by one, to name the step, the site and the rows at which a fit diverged.
+
+    Args:
+        state: restored to before the divergence; changed in place.
+        objective: of its pair.
+        plan: of the fit.
+        steps: how many to take at most.
+    """
+    for _ in range(steps):
+        tensors, plain = state.pack()
+        random = torch.get_rng_state()
+        cursor = state.feed.state()
+        value = update(state, objective, plan)
+        bad_gradient = _bad_gradient(objective.bound)
+        if bool(torch.isfinite(value.loss)) and bad_gradient is None:
+            continue
+        step = state.step - 1
+        state.unpack(tensors, plain)
+        batch = state.feed.next()
+        state.feed.restore(cursor)
+        torch.set_rng_state(random)
+        site, rows = _bad_site(objective.bound, batch)
+        what = f'the log density of site "{site}" is not finite' if site else f"the gradient of {bad_gradient} is not finite"
+        where = f" in rows {list(rows[:5])}{' ...' if len(rows) > 5 else ''}" if rows else ""
+        return FitError(
+            f"the fit diverged at step {step}: {what}{where}. Lower the learning rate (now {plan.lr:g}), look at those "
+            f"rows, or give the site a prior that keeps it in range.",
+            step=step,
+            site=site,
+            rows=rows,
+        )
+    return FitError(f"the fit diverged near step {state.step}, but not when the steps were taken again.", step=state.step)
+
+
+def _bad_gradient(bound: Bound) -> str | None:
+    for name, parameter in bound.nets.named_parameters():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return f'parameter "{name}"'
+    return None
+
+
+def _bad_site(bound: Bound, batch: Batch) -> tuple[str | None, tuple[int, ...]]:
+    """First site of guide or model whose log density is not finite, and its rows."""
+    from pyro import poutine
+
+    with torch.no_grad():
+        guide = poutine.trace(bound.guide).get_trace(batch)
+        model = poutine.trace(poutine.replay(bound.model, trace=guide)).get_trace(batch)
+    row = bound.template.row_dims[0]
+    for trace in (guide, model):
+        for name, site in sample_sites(trace):
+            bad = ~torch.isfinite(log_prob(site))
+            if not bool(bad.any()):
+                continue
+            dims = {f.name: f.dim for f in site["cond_indep_stack"]}
+            if row not in dims:
+                return name, ()
+            places = bad.movedim(dims[row], 0).flatten(1).any(1).nonzero().flatten() if bad.dim() > 1 else bad.nonzero().flatten()
+            index = batch.index[row][places] if row in batch.index else places
+            return name, tuple(int(i) for i in index)
+    return None, ()
