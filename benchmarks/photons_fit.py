@@ -18,10 +18,10 @@ from torch import Tensor
 
 import scivi
 from domains.astrophysics import photons
-from scivi.inputs.batches import Batch
+from scivi.inference.loop import open_data
+from scivi.inputs.batches import Batch, chunks
 
 THREADS = 2
-_FIELDS = tuple(photons.template.fields)
 
 
 def use_threads(count: int = THREADS) -> None:
@@ -101,17 +101,11 @@ def guide_of(fit: scivi.Fit, theta: Tensor) -> GuideOf:
     """Make the guide of any rows at globals theta, in the coordinates and order of the oracle."""
 
     def of(rows: Catalogue) -> FittedGuide:
-        columns = {
-            "n_on": rows.n_on,
-            "n_off": rows.n_off,
-            "alpha": rows.log_alpha.exp(),
-            "exposure": rows.log_exposure.exp(),
-            "source_fraction": torch.ones_like(rows.n_on),
-            "spill_fraction": torch.zeros_like(rows.n_on),
-        }
-        values = {name: columns[name][:, None].float() for name in _FIELDS}
-        sizes = {"source": len(rows), "band": 1, "band_other": 1}
-        return FittedGuide(fit, Batch(values, {}, sizes, ("source",)), theta)
+        source = open_data(fit.template, table_of(rows))
+        whole = chunks(
+            source, fit.template.fields, fit.template.row_dims, len(rows), torch.device("cpu"), torch.float32
+        )
+        return FittedGuide(fit, next(whole), theta)
 
     return of
 

@@ -48,10 +48,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Fit a scientific model by amortised variational inference, and say whether to believe the fit.",
-    epilog="\b\nExit codes:\n  0   done\n  1   data, plan or template unusable, or a law broken\n  2   wrong usage\n"
+    epilog="\b\nExit codes:\n  0   done\n  1   data, plan or template unusable, or a law broken\n"
+    "  2   wrong usage\n"
     "  3   the fit diverged, or, with --strict, the verdict is: do not trust\n"
     "  75  stopped by a signal; go on with --resume\n\n"
-    "\b\nExample:\n  scivi fit domains.astrophysics.photons:template data/chandra_ic2395.nc --out results/ic2395",
+    "\b\nExample:\n"
+    "  scivi fit domains.astrophysics.photons:template data/chandra_ic2395.nc --out results/ic2395",
 )
 
 
@@ -156,9 +158,10 @@ def draw(
     *,
     out: Out,
     more: Annotated[list[Path], _repeated("--with", "FIT", "One more fit, as a chain of its own.")],
-    template: Annotated[
-        str | None, typer.Option(help="The template, if the fit does not say where it is.")
-    ] = None,
+    template: Annotated[str | None, typer.Option(help="Its template, if the fit does not say.")] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Improve poorly approximated rows one by one.")
+    ] = False,
     draws: Draws = 1000,
     seed: Seed = 0,
     dim: Dim,
@@ -176,14 +179,16 @@ def draw(
     source = _opened(fits[0].template, data, dim, column, select)
     drawn = verbs.predict if ctx.info_name == "predict" else verbs.draw
     zarr = out.suffix == ".zarr"
-    tree = drawn(fits if len(fits) > 1 else fits[0], source, draws, seed=seed, to=out if zarr else None)
+    how: dict[str, Any] = {"seed": seed, "to": out if zarr else None, "refine": refine}
+    tree = drawn(fits if len(fits) > 1 else fits[0], source, draws, **how)
     if not zarr:
         _write(tree, out)
     _tell({"posterior": str(out), "sizes": _sizes(tree["posterior"])}, as_json, quiet)
 
 
 @app.command(
-    epilog="\b\nExamples:\n  scivi nuts domains.astrophysics.photons:template field.nc --rows 1000 --out nuts.nc\n"
+    epilog="\b\nExamples:\n"
+    "  scivi nuts domains.astrophysics.photons:template field.nc --rows 1000 --out nuts.nc\n"
     "  scivi report results/field/posterior.nc --reference nuts.nc"
 )
 def nuts(
@@ -218,7 +223,8 @@ def nuts(
 
 
 @app.command(
-    epilog="\b\nExample:\n  scivi simulate domains.astrophysics.photons:template --size source=1000 --out sim.nc"
+    epilog="\b\nExample:\n"
+    "  scivi simulate domains.astrophysics.photons:template --size source=1000 --out sim.nc"
 )
 def simulate(
     template: TemplateName,
@@ -246,9 +252,7 @@ def simulate(
     _tell({"table": str(out), "truth": str(beside), "sizes": _sizes(table)}, as_json, quiet)
 
 
-@app.command(
-    epilog="\b\nExample:\n  scivi report results/field/posterior.nc --reference nuts.nc --to compared.html"
-)
+@app.command(epilog="\b\nExample:\n  scivi report results/field/posterior.nc --reference nuts.nc")
 def report(
     posterior: Annotated[Path, typer.Argument(metavar="POSTERIOR", help="From fit, draw, predict or nuts.")],
     *,
@@ -387,7 +391,7 @@ def _fit_folder(folder: Path) -> Path:
 
 def _judge(tree: xr.DataTree, page: Path, figures: Path | None = None, **beside: Any) -> dict[str, Any]:
     """Write the report, and figures if asked; what the summary says of them."""
-    from scivi import analysis
+    import scivi.analysis as analysis
 
     table = analysis.report(tree, to=page, **beside)
     summary = {"verdict": table.attrs["verdict"], "why": json.loads(table.attrs["why"]), "report": str(page)}
@@ -421,7 +425,7 @@ def _tree(path: Path) -> xr.DataTree:
 def _write(tree: xr.DataTree | xr.Dataset, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".zarr":
-        tree.to_zarr(path, mode="w")
+        tree.to_zarr(path, mode="w", zarr_format=2)  # zarr 3 has no settled way to store labels yet
     else:
         tree.to_netcdf(path, engine="h5netcdf")
 

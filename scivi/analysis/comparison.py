@@ -47,7 +47,7 @@ def compare(
         Unequal numbers of draws are no obstacle here; `arviz_plots.plot_forest` drops such models without a
         word.
     """
-    records = {name: _reduced(entries) for name, entries in entrywise_differences(svi, nuts).items()}
+    records = {name: _reduced(name, entries) for name, entries in entrywise_differences(svi, nuts).items()}
     row = groups.row_dim(svi)
     full = _rows(svi, row) == _rows(nuts, row)
     names = list(records)
@@ -75,19 +75,15 @@ def entrywise_differences(svi: xr.DataTree, nuts: xr.DataTree) -> dict[str, xr.D
     found = {}
     for name in shared:
         left, right = a[name], b[name]
+        left, right = groups.aligned(left, right)
         rest = groups.site_dims(left)
-        if set(rest) != set(groups.site_dims(right)):
-            raise DataError(f'"{name}" has dims {rest} and {groups.site_dims(right)}. Fit the same template.')
-        left, right = xr.align(left, right, join="inner", exclude=groups.SAMPLE)
-        if left.size == 0:
-            raise DataError(f'"{name}": the two share no coordinate of {rest}. Compare the same rows.')
         found[name] = _differences(left, right.transpose(*groups.SAMPLE, *rest), markov)
     return found
 
 
 def _differences(left: xr.DataArray, right: xr.DataArray, markov: bool) -> xr.Dataset:
     """Entry by entry; both (chain, draw, *site dims) after alignment and small enough to be held."""
-    from arviz_stats.base import array_stats
+    from arviz_stats.base.array import array_stats
     from scipy.stats import wasserstein_distance
 
     rest = groups.site_dims(left)
@@ -98,8 +94,10 @@ def _differences(left: xr.DataArray, right: xr.DataArray, markov: bool) -> xr.Da
     with np.errstate(all="ignore"):
         out |= {"shift": (mean_x - mean_y) / sd_y, "sd_ratio": sd_x / sd_y}
     for i in np.flatnonzero((sd_y > 0) & (sd_x > 0)):
-        ess_y = float(array_stats.ess(y[..., i], method="mean"))
-        ess_x = float(array_stats.ess(x[..., i], method="mean")) if markov else float(x[..., i].size)
+        ess_y = float(np.asarray(array_stats.ess(y[..., i], method="mean")))
+        ess_x = (
+            float(np.asarray(array_stats.ess(x[..., i], method="mean"))) if markov else float(x[..., i].size)
+        )
         ess_y = ess_y if np.isfinite(ess_y) else float(y[..., i].size)
         ratio = out["sd_ratio"][i]
         out["shift_mcse"][i] = np.sqrt(1 / ess_y + ratio**2 / ess_x)
@@ -124,7 +122,7 @@ def _log_sd_var(values: np.ndarray, ess: float) -> float:
     return float(((centred**4).mean() / (centred**2).mean() ** 2 - 1) / (4 * ess))
 
 
-def _reduced(entries: xr.Dataset) -> dict[str, float | str]:
+def _reduced(name: str, entries: xr.Dataset) -> dict[str, float | str]:
     """Median, 95th percentile and worst over the entries of one variable."""
     shift = entries["shift"].values.ravel()
     size, off, w1 = np.abs(shift), entries["sd_ratio"].values.ravel(), entries["w1"].values.ravel()
@@ -134,7 +132,7 @@ def _reduced(entries: xr.Dataset) -> dict[str, float | str]:
                 "sd_ratio_worst", "sd_ratio_mcse", "w1_median", "w1_p95", "w1_worst", "w1_floor")  # fmt: skip
         return {"n": 0, **dict.fromkeys(keys, np.nan), "worst_at": ""}
     factor = np.maximum(off[seen], 1 / np.maximum(off[seen], 1e-12))
-    template = entries["shift"].rename("")
+    template = entries["shift"].rename(name)
     where = int(np.nanargmax(np.where(seen, size, -1)))
     return {
         "n": int(seen.sum()),
@@ -157,14 +155,14 @@ def _reduced(entries: xr.Dataset) -> dict[str, float | str]:
 def _rows(tree: xr.DataTree, row: str | None) -> int:
     """Number of rows behind a tree, as far as it says."""
     for name in ("observed_data", "log_likelihood", "posterior"):
-        if row and name in tree.children and row in tree[name].dataset.sizes:
-            return tree[name].dataset.sizes[row]
+        if row and name in tree.children and row in tree.children[name].dataset.sizes:
+            return tree.children[name].dataset.sizes[row]
     return 0
 
 
 def _health(nuts: xr.DataTree) -> dict[str, float]:
     """Whether the reference itself converged: worst R-hat of its population variables, divergences."""
-    from arviz_stats.base import array_stats
+    from arviz_stats.base.array import array_stats
 
     posterior = groups.group(nuts, "posterior")
     names = groups.population_names(nuts) or list(groups.numeric(posterior))
@@ -175,7 +173,8 @@ def _health(nuts: xr.DataTree) -> dict[str, float]:
             flat = values.reshape(*values.shape[:2], -1)
             varying = np.flatnonzero(flat.std((0, 1)) > 0)
             worst = np.fmax(
-                worst, max((float(array_stats.rhat(flat[..., i])) for i in varying), default=worst)
+                worst,
+                max((float(np.asarray(array_stats.rhat(flat[..., i]))) for i in varying), default=worst),
             )
     stats = groups.group(nuts, "sample_stats") if "sample_stats" in nuts.children else xr.Dataset()
     divergences = int(stats["diverging"].sum()) if "diverging" in stats else 0
@@ -204,7 +203,7 @@ def summary(
     Raises:
         DataError: an unknown name.
     """
-    from arviz_stats.base import array_stats
+    from arviz_stats.base.array import array_stats
 
     posterior = groups.group(tree, "posterior")
     chosen = var_names or groups.population_names(tree) or groups.local_names(tree)

@@ -97,7 +97,7 @@ def restarts(tree: xr.DataTree, *, shift: float = SHIFT_SD, rhat: float = 1.01) 
         worst_at, ok. With one chain nothing can be compared: spread_sd and r_hat are NaN, ok is False and the
         attribute available is 0.
     """
-    from arviz_stats.base import array_stats
+    from arviz_stats.base.array import array_stats
 
     nuts = groups.provenance(tree).get("method") == "nuts"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ _MAKER = {
 
 def has(tree: xr.DataTree, name: str, *variables: str) -> bool:
     """Say whether a group exists and holds all the named variables."""
-    return name in tree.children and all(v in tree[name].dataset for v in variables)
+    return name in tree.children and all(v in tree.children[name].dataset for v in variables)
 
 
 def group(tree: xr.DataTree, name: str, *variables: str) -> xr.Dataset:
@@ -41,7 +41,7 @@ def group(tree: xr.DataTree, name: str, *variables: str) -> xr.Dataset:
             f'the tree has no group "{name}"; it has {sorted(tree.children)}. '
             f"Make one with {_MAKER.get(name, 'scivi.draw')}."
         )
-    found = tree[name].to_dataset(inherit=False)
+    found = tree.children[name].to_dataset(inherit=False)
     missing = [v for v in variables if v not in found]
     if missing:
         raise DataError(
@@ -65,7 +65,7 @@ def site_dims(array: xr.DataArray) -> tuple[str, ...]:
 def row_dim(tree: xr.DataTree) -> str | None:
     """The dim whose entries are the rows of the data, or None if the tree does not say."""
     if "sample_stats" in tree.children:
-        stats = tree["sample_stats"].dataset
+        stats = tree.children["sample_stats"].dataset
         for name in ("row_log_weight", "outside"):
             if name in stats and site_dims(stats[name]):
                 return site_dims(stats[name])[0]
@@ -74,7 +74,7 @@ def row_dim(tree: xr.DataTree) -> str | None:
         return declared if isinstance(declared, str) else declared[0]
     for name in ("log_likelihood", "observed_data"):
         if name in tree.children:
-            for array in tree[name].dataset.data_vars.values():
+            for array in tree.children[name].dataset.data_vars.values():
                 if site_dims(array):
                     return site_dims(array)[0]
     return None
@@ -84,7 +84,7 @@ def local_rows(tree: xr.DataTree) -> int:
     """Number of rows that have latents of their own (0: all latents are shared)."""
     if not has(tree, "sample_stats", "row_log_weight"):
         return 0
-    weight = tree["sample_stats"].dataset["row_log_weight"]
+    weight = tree.children["sample_stats"].dataset["row_log_weight"]
     return int(np.prod([weight.sizes[d] for d in site_dims(weight)]))
 
 
@@ -107,19 +107,38 @@ def numeric(dataset: xr.Dataset) -> dict[str, xr.DataArray]:
 
 def label(array: xr.DataArray, flat: int) -> str:
     """Name one entry of an array without sample dims, as ArviZ does: ``theta[Choate]``."""
+    return labels(array, [flat])[0]
+
+
+def labels(array: xr.DataArray, flat: Sequence[int] | None = None) -> list[str]:
+    """Names of the given entries, or of all, in C order."""
+    flat = range(array.size) if flat is None else flat
     if not array.dims:
-        return str(array.name)
-    where = np.unravel_index(int(flat), array.shape)
-    parts = [
-        str(array[d].values[i]) if d in array.coords else str(i)
-        for d, i in zip(array.dims, where, strict=True)
-    ]
-    return f"{array.name}[{', '.join(parts)}]"
+        return [str(array.name) for _ in flat]
+    coords = [array[d].values if d in array.coords else np.arange(array.sizes[d]) for d in array.dims]
+    where = np.unravel_index(np.asarray(flat, int), array.shape)
+    parts = zip(*([str(c[i]) for i in at] for c, at in zip(coords, where, strict=True)), strict=True)
+    return [f"{array.name}[{', '.join(p)}]" for p in parts]
 
 
-def labels(array: xr.DataArray) -> list[str]:
-    """Names of all entries, in C order."""
-    return [label(array, i) for i in range(array.size)]
+def aligned(left: xr.DataArray, right: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    """Keep the entries that two arrays share by coordinate; chains and draws are left alone.
+
+    Raises:
+        DataError: other dims, a dim without coordinate whose sizes differ, or no entry in common.
+    """
+    dims = set(site_dims(left)), set(site_dims(right))
+    fault = f"dims {sorted(dims[0])} and {sorted(dims[1])}" if dims[0] != dims[1] else ""
+    if not fault:
+        try:
+            left, right = xr.align(left, right, join="inner", exclude=SAMPLE)
+        except ValueError as error:  # sizes differ, or a coordinate has duplicates
+            fault = str(error)
+    if not fault and left.size == 0:
+        fault = f"no coordinate of {sorted(dims[0])} in common"
+    if fault:
+        raise DataError(f'"{left.name}" cannot be aligned: {fault}. Give both the same dims and coordinates.')
+    return left, right
 
 
 def blocks(array: xr.DataArray, block: int = BLOCK) -> Iterator[tuple[slice, np.ndarray]]:

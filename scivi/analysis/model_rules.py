@@ -9,7 +9,7 @@ import xarray as xr
 
 from scivi.analysis.check import RICHER, Check, either, listed, note, worst
 
-SEE_MODEL = "The model, not the fit, is in question: see the predictive figure."
+SEE_MODEL = "If the fit is otherwise sound, the model is in question: see the predictive figure."
 
 
 def _collapse(table: xr.Dataset) -> list[Check]:
@@ -31,8 +31,9 @@ def _contraction(table: xr.Dataset) -> list[Check]:
 def _predictive(table: xr.Dataset) -> list[Check]:
     bad, p = ~table["ok"].values, table["p_value"].values
     value, limit = float((2 * np.minimum(p, 1 - p)).min()), table.attrs["alpha"]
-    good = f"Replicated data look like the data ({bad.size} statistics, smallest two-sided p {value:.2g})."
-    text = f"The model does not reproduce {listed(table, bad)} (two-sided p {value:.2g})."
+    shown = f"{value:.2g}" if value >= 0.001 else "below 0.001"
+    good = f"Replicated data look like the data ({bad.size} statistics, smallest two-sided p {shown})."
+    text = f"The model does not reproduce {listed(table, bad)} (two-sided p {shown})."
     return [either("predictive checks", value, limit, not bad.any(), "care", good, text, SEE_MODEL)]
 
 
@@ -49,10 +50,13 @@ def _coverage(table: xr.Dataset) -> list[Check]:
     ok, many = table["ok"].values, table["n"].values >= 20
     gap = np.abs(table["coverage"].values - table["expected"].values)
     value = float(gap[many].max()) if many.any() else np.nan
-    bad = ~ok.all(1)
+    bad = np.asarray(~ok.all(1))
     wide = bool((gap[many][~ok[many]] > 0.1).any())  # our choice: 90 % intervals that are 80 % ones
     good = "Intervals hold the true values as often as they should."
-    text = f"Intervals do not hold the true values as often as they should ({listed(table, bad)})."
+    i, j = np.unravel_index(int(np.argmax(np.where(ok, -1.0, gap))), gap.shape)
+    name, prob, share = table["variable"].values[i], float(table["prob"][j]), float(table["coverage"][i, j])
+    text = f"Intervals do not hold the truth as often as they should: of the {prob:.0%} intervals of {name}, "
+    text += f"{share:.1%} do. Failed: {listed(table, bad)}."
     counts, limit = "decides" if wide else "care", table.attrs["tolerance"]
     return [either("coverage", value, limit, not bad.any(), counts, good, text, RICHER)]
 

@@ -45,7 +45,7 @@ def fit_tail(excess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for j in range(m):  # a loop over 30-50 grid points holds (row, M) at once, not (row, m, M)
         k[:, j] = np.log1p(-b[:, j, None] * excess).mean(-1)
     profile = n * (np.log(-b / k) - k - 1)
-    weight = np.exp(profile - logsumexp(profile, axis=-1, keepdims=True))
+    weight = np.exp(profile - np.asarray(logsumexp(profile, axis=-1, keepdims=True)))
     weight = np.where(weight >= 10 * np.finfo(float).eps, weight, 0.0)
     b = (b * weight).sum(-1) / weight.sum(-1)
     shape = np.log1p(-b[:, None] * excess).mean(-1)
@@ -101,4 +101,4 @@ def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def effective_size(log_weights: np.ndarray) -> np.ndarray:
     """Importance-sampling effective size 1 / sum(w^2) of normalised log weights, (..., draw) -> (...)."""
-    return np.exp(-logsumexp(2 * log_weights, axis=-1))
+    return np.exp(-np.asarray(logsumexp(2 * log_weights, axis=-1)))

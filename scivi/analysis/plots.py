@@ -126,7 +126,7 @@ def plot_row_k(tree: xr.DataTree, *, threshold: float = USABLE_K, rows: xr.Datas
     for each in axes.flat:
         each.axhline(threshold, color=INK, lw=1, ls="--")
     axes[0, 1].hist(size, bins=40, orientation="horizontal", color=BLUE, alpha=0.8)
-    ax.set_ylim(min(-0.3, size.min()), max(1.0, size.max() + 0.1))
+    ax.set_ylim(min(-0.2, size.min() - 0.05), max(1.0, size.max() + 0.1))
     ax.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
     row = next(iter(rows["k_hat"].dims), "row")
     _titled(ax, f"{row}, in the order of the table", "Pareto k-hat of the row")
@@ -185,7 +185,7 @@ def _entry(array: xr.DataArray, index: tuple[int, ...]) -> np.ndarray:
 
 def _density(ax: Axes, draws: np.ndarray, view: tuple, colour: str, label: str, *, fill: bool) -> None:
     """ArviZ' kernel density of the draws that fall near the view, scaled to their share."""
-    from arviz_stats.base import array_stats
+    from arviz_stats.base.array import array_stats
 
     width = view[1] - view[0]
     near = draws[(draws > view[0] - width) & (draws < view[1] + width)]
@@ -214,7 +214,7 @@ def plot_predictive(tree: xr.DataTree, *, bins: int = 30) -> Figure:
     for ax in axes.flat[len(fields) :]:
         ax.set_visible(False)
     for ax, name in zip(axes.flat, fields, strict=False):
-        draws, seen = xr.align(predictive[name], observed[name], join="inner")
+        draws, seen = groups.aligned(predictive[name], observed[name])
         rest = groups.site_dims(draws)
         flat = seen.transpose(*rest).values.ravel().astype(float)
         there = np.isfinite(flat)
@@ -225,14 +225,17 @@ def plot_predictive(tree: xr.DataTree, *, bins: int = 30) -> Figure:
         inside = [d.values.ravel()[there].clip(edges[0], edges[-1]) for d in few]
         copies = np.stack([np.histogram(values, edges)[0] for values in inside])
         low, centre, high = np.quantile(copies, [0.05, 0.5, 0.95], axis=0)
-        ax.fill_between(middle, low, high, step="mid", color=BLUE, alpha=0.25, lw=0, label="replicated, 90 %")
-        ax.step(middle, centre, where="mid", color=BLUE, lw=1.1, label="replicated, median")
+        ax.stairs(
+            high, edges, baseline=low, fill=True, color=BLUE, alpha=0.25, lw=0, label="replicated, 90 %"
+        )
+        ax.stairs(centre, edges, baseline=None, color=BLUE, lw=1.1, label="replicated, median")
         ax.plot(middle, np.histogram(flat[there], edges)[0], ".", color=INK, ms=5, label="observed")
         if growing:
             ax.set_xscale("symlog", linthresh=1.0)
             ax.set_xlim(left=edges[0])
-        _titled(ax, _name(seen, name), "number of values")
-    axes.flat[0].legend(fontsize=7, frameon=False)
+        _titled(ax, _name(seen, name), "number of values" if ax in axes[:, 0] else "")
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper left", ncols=3, fontsize=7, frameon=False)
     return figure
 
 

@@ -18,6 +18,19 @@ from scivi.analysis import (
 )
 from scivi.analysis.check import Check, note
 
+# Passed, these do not add to the reasons for trust: others say the same better.
+MINOR = {
+    "finite draws",
+    "corrected means",
+    "gap",
+    "mean gap of rows",
+    "rows outside",
+    "population gradient",
+    "effective size",
+    "active units",
+    "contraction",
+}
+
 
 def measure(
     tree: xr.DataTree, reference: xr.DataTree | None = None, truth: xr.Dataset | None = None
@@ -72,5 +85,7 @@ def conclude(results: Sequence[Check]) -> tuple[str, list[str], list[str]]:
     careful = [c for c in results if not c.ok and c.counts == "care"]
     verdict = "do not trust" if deciding else "trust with care" if careful else "trust"
     failed = deciding + careful
-    why = [c.sentence for c in failed] or [c.sentence for c in results if c.counts != "note"]
+    why = [c.sentence for c in failed] or [
+        c.sentence for c in results if c.counts != "note" and c.name not in MINOR
+    ]
     return verdict, why, list(dict.fromkeys(c.advice for c in failed if c.advice))

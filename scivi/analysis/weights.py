@@ -32,9 +32,10 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
 
     Returns:
         Dim variable: mean, sd, corrected_mean, shift_sd, shift_mcse (both in posterior sd), ok. Dim chain:
-        k_hat, ess. The attribute decisive is 0 if more than 50 rows have latents of their own and k-hat is
-        above the threshold: then ok is False throughout, for want of evidence. Row-level variables are listed
-        up to 50 rows.
+        k_hat, ess, gap (log mean(w) - mean(log w), an estimate of KL(q || p) in nats, from below). The
+        attribute decisive is 0 if more than 50 rows have latents of their own and k-hat is above the
+        threshold: then ok is False throughout, for want of evidence. Row-level variables are listed up to 50
+            rows.
 
     Raises:
         DataError: a group is missing, or fewer than 25 draws.
@@ -70,7 +71,9 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
     result = groups.table(
         "variable", entries, joined, decisive=int(decisive), local_rows=rows, threshold=threshold
     )
-    return result.assign(k_hat=("chain", k_hat), ess=("chain", pareto.effective_size(smoothed)))
+    gap = np.asarray(logsumexp(log_weight, axis=-1)) - np.log(log_weight.shape[-1]) - log_weight.mean(-1)
+    numbers = {"k_hat": k_hat, "ess": pareto.effective_size(smoothed), "gap": gap}
+    return result.assign({key: ("chain", value) for key, value in numbers.items()})
 
 
 def _corrected(values: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:

@@ -134,6 +134,11 @@ def nodes(dims: int, per_dim: int, like: Tensor, *, n_random: int = RANDOM_NODES
     return normal.to(like), like.new_full((n_random,), -math.log(n_random))
 
 
+def training_nodes(dims: int, per_dim: int) -> int:
+    """Nodes per dimension while training: fewer in more dimensions, since the finish takes them all (our choice)."""
+    return min(per_dim, {2: 5, 3: 4}.get(dims, per_dim))
+
+
 def n_nodes(dims: int, per_dim: int) -> int:
     """How many nodes the full marginal takes."""
     return per_dim**dims if dims <= GRID_DIMS else 4 * RANDOM_NODES
@@ -219,7 +224,7 @@ def objective(
     """
     like = next(iter(batch.values.values()))
     seed = int(torch.randint(2**31, ())) if plan.dims > GRID_DIMS else 0
-    points, log_w = nodes(plan.dims, per_dim, like, seed=seed)
+    points, log_w = nodes(plan.dims, training_nodes(plan.dims, per_dim), like, seed=seed)
     n = len(points)
     guide, density = run_guide(bound, batch, plan, torch.cat([points, torch.randn_like(points[:1])]), n)
     values, local = latent_values(guide), {s.name for s in plan.sites}
@@ -365,7 +370,7 @@ def newton_finish(
             step = covariance @ gradient
             theta, step_sd, taken = theta + step, float((step / sd).abs().max()), taken + 1
     evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
-    moved = float(((theta - coarse) / sd).abs().max())
+    moved = float(((theta - coarse) / sd).abs().max()) if fine is not None else math.nan
     return Newton(theta, covariance, step_sd, taken, n_nodes, moved, evidence)
 
 

@@ -96,7 +96,7 @@ def _n_axes(element: Any) -> int:
 def _labels(frame: Any) -> np.ndarray:
     from anndata.io import read_elem
 
-    return np.asarray(read_elem(frame[frame.attrs["_index"]]), str)
+    return np.asarray(read_elem(frame[frame.attrs["_index"]]))
 
 
 def _of_element(element: Any, dims: tuple[str, ...]) -> Column:

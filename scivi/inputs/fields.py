@@ -139,8 +139,10 @@ class Tally:
                 place = np.argwhere(where)[0]
                 start = start or (0,) * values.ndim
                 at = ", ".join(f"{d}={i + s}" for d, i, s in zip(self.dims, place, start, strict=True))
-                value = "" if kind == "missing" else f"{values[tuple(place)]}"
-                self.first[kind] = " at ".join(filter(None, (value, at)))
+                words = [f"at {at}"] if at else []
+                self.first[kind] = " ".join(
+                    words if kind == "missing" else [f"{values[tuple(place)]}", *words]
+                )
 
     def faults(self) -> list[str]:
         """At most one line for each kind of fault, with count and first place."""

@@ -34,7 +34,7 @@ class _Labels(Mapping[str, np.ndarray]):
         if dim not in self._read:
             return np.arange(self._sizes[dim])
         labels = np.asarray(self._read[dim]())
-        return labels.astype(str) if labels.dtype.kind in "OT" else labels
+        return np.array(labels.tolist(), str) if labels.dtype.kind in "OT" else labels
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sizes)

@@ -75,7 +75,9 @@ def _of_path(path: Path) -> Table:
     if kind in ("csv", "tsv"):
         import pandas as pd
 
-        return _of_frame(pd.read_csv(path, sep="," if kind == "csv" else "\t"))
+        # exactly the numbers that are written: pandas' default parser may be off in the last place
+        exact: dict[str, Any] = {"float_precision": "round_trip"}
+        return _of_frame(pd.read_csv(path, sep="," if kind == "csv" else "\t", **exact))
     if kind in ("ecsv", "fits", "fit"):
         try:
             from astropy.table import Table as AstropyTable
@@ -87,15 +89,11 @@ def _of_path(path: Path) -> Table:
 
 def _opened(path: Path, engine: str) -> xr.Dataset:
     # no cache and no index: both would load whole columns; units such as "s" are not time spans to be decoded
+    lazily: dict[str, Any] = {"chunks": None, "cache": False, "create_default_indexes": False}
+    if engine == "zarr":
+        lazily["consolidated"] = False
     try:
-        return xr.open_dataset(
-            path,
-            engine=engine,
-            chunks=None,
-            cache=False,
-            decode_timedelta=False,
-            create_default_indexes=False,
-        )
+        return xr.open_dataset(path, engine=engine, decode_timedelta=False, **lazily)
     except (OSError, ValueError) as error:
         raise DataError(f'"{path}" cannot be read as {engine}: {error}') from None
 
@@ -117,7 +115,8 @@ def _of_zarr(path: Path) -> Table:
 
 def _of_dataset(dataset: xr.Dataset) -> Table:
     columns = {str(name): _of_variable(variable) for name, variable in dataset.variables.items()}
-    labels = {str(d): _labels_of(dataset, d) for d in dataset.dims if d in dataset.variables}
+    own = [d for d in dataset.dims if d in dataset.variables and dataset.variables[d].dims == (d,)]
+    labels = {str(d): _labels_of(dataset, d) for d in own}
     return Table(columns, labels, what="Dataset")
 
 
@@ -133,17 +132,12 @@ def _labels_of(dataset: xr.Dataset, dim: Any) -> Callable[[], np.ndarray]:
 
 
 def _of_frame(frame: Any) -> Table:
-    levels = [name for name in frame.index.names if name is not None]
-    if levels:
-        labels = {str(n): np.asarray(frame.index.get_level_values(n)) for n in levels}
-    else:
-        labels = {"row": np.asarray(frame.index)}
-    row = levels[0] if len(levels) == 1 else "row"
+    index = {str(n): np.asarray(frame.index.get_level_values(n)) for n in frame.index.names if n is not None}
+    row = next(iter(index)) if len(index) == 1 else "row"
     columns = {str(name): from_array(numbers(frame[name]), (row,)) for name in frame.columns}
-    for name, values in labels.items():
-        columns.setdefault(name, from_array(values, (row,)))
-    known = {row: lambda: labels[row]} if row in labels else {}
-    return Table(columns, known, row=row, lines=True, what="DataFrame")
+    columns |= {name: from_array(values, (row,)) for name, values in index.items() if name not in columns}
+    labels = {} if len(index) > 1 else {row: lambda: np.asarray(frame.index)}
+    return Table(columns, labels, row=row, lines=True, what="DataFrame")
 
 
 def _of_astropy(table: Any) -> Table:

@@ -6,7 +6,6 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
-from torch.distributions.utils import broadcast_all
 
 _EXTRA_SD, _EXTRA = 10.0, 20.0  # background counts summed: mean + 10 sd + 20; what is left out is below float64's epsilon
 
@@ -37,14 +36,15 @@ class PoissonOverBackground(TorchDistribution):
     def __init__(
         self, rate: Tensor, shape: Tensor, inverse_scale: Tensor, *, most: int | None = None, validate_args: bool | None = None
     ) -> None:
-        self.rate, self.shape_, self.inverse_scale = broadcast_all(rate, shape, inverse_scale)
-        self.most = most
-        super().__init__(self.rate.shape, validate_args=validate_args)
+        # Not broadcast against each other: the sum's weights are then made once, and not for every rate.
+        self.rate, self.shape_, self.inverse_scale, self.most = rate, shape, inverse_scale, most
+        batch_shape = torch.broadcast_shapes(rate.shape, shape.shape, inverse_scale.shape)
+        super().__init__(batch_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> PoissonOverBackground:
         """The same distribution over a larger batch."""
-        parts = (x.expand(batch_shape) for x in (self.rate, self.shape_, self.inverse_scale))
-        return PoissonOverBackground(*parts, most=self.most, validate_args=False)
+        rate = self.rate.expand(batch_shape)
+        return PoissonOverBackground(rate, self.shape_, self.inverse_scale, most=self.most, validate_args=False)
 
     @property
     def mean(self) -> Tensor:
@@ -55,7 +55,7 @@ class PoissonOverBackground(TorchDistribution):
         """Counts, drawn with their background."""
         shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
-            background = torch._standard_gamma(self.shape_.expand(shape)) / self.inverse_scale
+            background = torch._standard_gamma(self.shape_.expand(shape).contiguous()) / self.inverse_scale
             return torch.poisson(self.rate.expand(shape) + background)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -63,19 +63,17 @@ class PoissonOverBackground(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         k = torch.arange(self._terms(value), dtype=self.rate.dtype, device=self.rate.device)
-        count = value.unsqueeze(-1)
-        shape, inverse_scale = self.shape_.unsqueeze(-1), self.inverse_scale.unsqueeze(-1)
-        left = (count - k).clamp_min(0.0)
-        background = (
+        count, shape, inverse_scale = (x.unsqueeze(-1) for x in (value, self.shape_, self.inverse_scale))
+        weights = (
             torch.lgamma(k + shape)
             - torch.lgamma(k + 1)
             - torch.lgamma(shape)
             - shape * torch.log1p(1 / inverse_scale)
             - k * torch.log1p(inverse_scale)
-        )
-        rate = self.rate.unsqueeze(-1)
-        terms = background + left * torch.log(rate) - rate - torch.lgamma(left + 1)
-        return torch.logsumexp(terms.masked_fill(k > count, -torch.inf), -1)
+            - torch.lgamma((count - k).clamp_min(0.0) + 1)
+        ).masked_fill(k > count, -torch.inf)
+        log_rate = self.rate.log()
+        return torch.logsumexp(weights - k * log_rate.unsqueeze(-1), -1) + value * log_rate - self.rate
 
     def _terms(self, value: Tensor) -> int:
         """Terms that matter: never more than the largest count allows."""

@@ -317,6 +317,37 @@ class SinhArcsinh(torch.distributions.Transform):
         return _log_cosh(angle) - 0.5 * torch.log1p(x * x) - _log_cosh(centre)
 
 
+class TrilAffine(torch.distributions.Transform):
+    """y = loc + tril x for batches of matrices (Pyro's ``LowerCholeskyAffine`` takes a single one).
+
+    Args:
+        loc: (*batch, d).
+        tril: (*batch, d, d), lower, positive diagonal.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, loc: Tensor, tril: Tensor, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        self.loc, self.tril = loc, tril
+
+    def with_cache(self, cache_size: int = 1) -> TrilAffine:
+        """The same transform with another cache size."""
+        return self if cache_size == self._cache_size else TrilAffine(self.loc, self.tril, cache_size)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.loc + (self.tril @ x.unsqueeze(-1)).squeeze(-1)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.tril, (y - self.loc).unsqueeze(-1), upper=False).squeeze(-1)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log det of tril, each batch."""
+        return self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1).expand(x.shape[:-1])
+
+
 def _log_cosh(x: Tensor) -> Tensor:
     x = x.abs()
     return x + torch.log1p(torch.exp(-2 * x)) - 0.6931471805599453
@@ -337,7 +368,7 @@ def skew_normal(loc: Tensor, scale_tril: Tensor, skew: Tensor, tail: Tensor) -> 
         affine = torch.distributions.transforms.AffineTransform(loc, scale_tril[..., 0], cache_size=1)
         carry = torch.distributions.transforms.IndependentTransform(affine, 1, cache_size=1)
     else:
-        carry = dist.transforms.LowerCholeskyAffine(loc, scale_tril, cache_size=1)
+        carry = TrilAffine(loc, scale_tril)
     return dist.TransformedDistribution(noise, [bend, carry])
 
 

@@ -1,7 +1,8 @@
 """A conjugate normal catalogue whose exact posterior is known, under a good, a narrow and a shifted guide.
 
-mu ~ Normal(0, 10); z_i ~ Normal(mu, tau); x_i ~ Normal(z_i, s_i); tau known. Then p(mu | x) and p(z_i | mu, x_i) are
-normal in closed form, and a guide is those two with their sd multiplied by `scale` and their mean moved by `shift` sd.
+mu ~ Normal(0, 10); z_i ~ Normal(mu, tau); x_i ~ Normal(z_i, s_i); tau known. Then p(mu | x) and p(z_i | mu,
+x_i) are normal in closed form, and a guide is those two with their sd multiplied by `scale` and their mean
+moved by `shift` sd.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def make_tree(
     provenance = {
         "scivi": "0.1.0", "template": "conjugate catalogue", "method": method, "seed": seed, "device": "cpu",
         "created": "2026-01-01T00:00:00", "prior": {"mu_sd": PRIOR_SD, "tau": TAU}, "plan": {"steps": 4000},
-        "data": {"fingerprint": "0" * 16, "sizes": {"source": rows}}, "fit": fit, "versions": {"numpy": np.__version__},
+        "data": {"fingerprint": "0" * 16, "sizes": {"source": rows}}, "fit": fit,
+        "versions": {"numpy": np.__version__},
     }  # fmt: skip
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs={"provenance": json.dumps(provenance)}), **groups})
 

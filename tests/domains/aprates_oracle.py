@@ -4,7 +4,8 @@
 
 With b summed out, p(s | n_on, n_off, alpha) is a finite mixture of gamma densities,
 
-    p(s) = sum_j w_j s^j exp(-s) / j!,    w_j ~ C(n_on - j + n_off, n_off) (alpha / (1 + alpha))^(n_on - j),    j = 0 .. n_on
+    p(s) = sum_j w_j s^j exp(-s) / j!,    j = 0 .. n_on
+    w_j ~ C(n_on - j + n_off, n_off) (alpha / (1 + alpha))^(n_on - j)
 
 References:
     Loredo 1992, in Statistical Challenges in Modern Astronomy, 275-297, section 12.3 (the sum).
@@ -21,7 +22,7 @@ from scipy import optimize, special
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """Posterior of the expected source counts s; `log_weight` of the gamma densities of shape j + 1, j = 0 .. n_on."""
+    """Posterior of the expected source counts s; `log_weight` of the gammas of shape 1 .. n_on + 1."""
 
     log_weight: np.ndarray
 
@@ -63,7 +64,7 @@ class SourceCounts:
         return 0.0 if slope(low) <= 0 else optimize.brentq(slope, low, self._far(), xtol=1e-12)
 
     def interval(self, prob: float = 0.68) -> tuple[float, float]:
-        """Shortest interval of the given probability; it starts at 0 where the density there is above its end's."""
+        """Shortest interval of the given probability; from 0 where that is denser than its end."""
         upper_tail = self.quantile(prob)
         if self.density(0.0) >= self.density(upper_tail):
             return 0.0, upper_tail
