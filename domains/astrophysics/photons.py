@@ -17,7 +17,8 @@ exp(v) >= 0 and sums it out exactly, ``known`` takes it as given. ``make`` offer
 counts, whose selection is divided out.
 
 The guide is a normal at the Laplace approximation of each source, bent by sinh-arcsinh and corrected by a small network
-on clamped features, so that it stays right far outside the brightness range it was trained on.
+on clamped features. The corrections are in units of the source's own posterior sd in ln(flux): they vanish as counts grow
+and the Laplace approximation becomes exact, so that the guide stays right far outside the range it was trained on.
 
 References:
     Primini and Kashyap 2014, ApJ 796, 24, doi:10.1088/0004-637X/796/1/24 (apertures and background).
@@ -181,7 +182,7 @@ class Nets(nn.Module):
     def __init__(self, sizes: Mapping[str, int], prior: Prior, background: Background) -> None:
         super().__init__()
         n = sizes["band"]
-        self.n_features, self.n_outputs = 10, 7
+        self.n_features, self.n_outputs = 12, 9
         half = math.sqrt(2 / math.pi)  # mean of a half-normal in units of its scale
         sites: dict[str, tuple[tuple[int, ...], constraints.Constraint]] = {
             "mean": ((n,), constraints.real),
@@ -282,14 +283,18 @@ def _base(batch: Batch, pop: Population, c: Counts, background: Background) -> t
 def _features(
     u: Tensor, v: Tensor, u_sd: Tensor, v_sd: Tensor, slope: Tensor, pop: Population, c: Counts
 ) -> Tensor:
-    """Features of a source (*, 10 band), each clamped: beyond the range of training the correction stays what it was."""
+    """Features of a source (*, 12 band), each clamped: beyond the range of training the correction stays what it was."""
     source, level = c.gain * u.exp(), v.exp()
     if pop.background_mu is not None and pop.background_sigma is not None:
         v_place = (v - pop.background_mu) / pop.background_sigma
     else:
         v_place = v / 2
     n, m = c.n.clamp(max=600.0), c.m.clamp(max=600.0)
+    share = source / (source + level)
+    third = c.n * share * (1 - share)  # third derivatives of the log density, which set the skew
     parts = [
+        ((third * (1 - 2 * share) - source) * u_sd**3).clamp(-2, 2),
+        ((third * (2 * share - 1) - level - level / c.alpha) * v_sd**3).clamp(-2, 2),
         ((u - pop.mu) / pop.sigma).clamp(-4, 4),
         (u_sd / pop.sigma).log().clamp(-5, 0.5) + 1,
         v_place.clamp(-4, 4),
@@ -299,7 +304,7 @@ def _features(
         torch.log1p(m) - 2,
         (n + 0.375).sqrt() / 3 - 1,
         source.log().clamp(-3, 6.4) / 2,
-        level / (source + level),
+        share,
     ]
     return torch.cat(torch.broadcast_tensors(*parts), -1)
 
@@ -316,15 +321,17 @@ def guide(batch: Batch, prior: Prior, nets: Nets, *, background: Background) -> 
         u_sd = u_tril.square().sum(-1).sqrt()
         slope = tril[..., k:, :k].diagonal(dim1=-2, dim2=-1) / u_tril.diagonal(dim1=-2, dim2=-1)
         features = _features(u0, v0, u_sd, v_sd, slope, pop, c)
+        u_size, v_size = (sd.clamp(max=1.0).unsqueeze(-2) for sd in (u_sd, v_sd))
     out = nets.correct(features).unflatten(-1, (nets.n_outputs, k))
-    shift, widen, skew, tail, v_shift, v_widen, v_slope = out.unbind(-2)
-    loc = u0 + shift * u_sd
+    shift, widen, skew, tail = (out[..., :4, :] * u_size).clamp(-2, 2).unbind(-2)
+    v_shift, v_widen, v_bend, v_skew, v_tail = (out[..., 4:, :] * v_size).clamp(-2, 2).unbind(-2)
     with batch.plate("source"):
-        scale = u_tril * widen.clamp(-2, 2).exp().unsqueeze(-2)
-        u = pyro.sample("log_brightness", guides.skew_normal(loc, scale, skew, (0.5 * tail).clamp(-2, 2).exp()))
+        tril = u_tril * widen.exp().unsqueeze(-2)
+        u = pyro.sample("log_brightness", guides.skew_normal(u0 + shift * u_sd, tril, skew, tail.exp()))
         if background == "hierarchical":
-            centre = v0 + v_shift * v_sd + (slope + 0.5 * v_slope) * (u - u0)
-            pyro.sample("log_background", dist.Normal(centre, v_sd * v_widen.clamp(-2, 2).exp()).to_event(1))
+            centre = v0 + v_shift * v_sd + (slope + v_bend) * (u - u0)
+            v_tril = torch.diag_embed(v_sd * v_widen.exp())
+            pyro.sample("log_background", guides.skew_normal(centre, v_tril, v_skew, v_tail.exp()))
 
 
 def simulate(sizes: Mapping[str, int], prior: Prior, generator: torch.Generator, *, background: Background, cut: int) -> tuple[xr.Dataset, xr.Dataset]:

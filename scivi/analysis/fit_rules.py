@@ -107,8 +107,9 @@ def _joint(joint: xr.Dataset) -> list[Check]:
     if joint.attrs["local_rows"] <= weights.FEW_ROWS:
         gap = float(joint["gap"].max())
         text = f"The guide is {gap:.2g} nats from the posterior as a whole (KL divergence, from below)."
-        # our choice: by Pinsker's inequality 0.1 nats bound the error of any probability by 0.22. k-hat of a thousand
-        # draws scatters by 0.15 and passes a mean field on eight schools one time in three; this number does not
+        # our choice: by Pinsker's inequality 0.1 nats bound the error of any probability by 0.22. Needed
+        # beside k-hat, which scatters by 0.15 at a thousand draws and lets mean field on eight schools
+        # pass one time in three
         result.append(graded("gap", gap, 0.1, np.inf, text, text, RICHER))
     if k <= weights.USABLE_K and joint.sizes["variable"]:
         shift = np.abs(joint["shift_sd"].values)

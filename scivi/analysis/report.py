@@ -24,18 +24,18 @@ def report(
     that "decides" gives "do not trust"; else a failed one of "care" gives "trust with care"; else "trust".
     What decides:
 
-    - the joint Pareto k-hat of the approximation (> 0.7; > 0.5, or a gap of > 0.1 nats, asks for care), up to
-    50 rows with latents of their own or
-      without such. Beyond, the joint log weight is a sum over so many rows that its k-hat is large by
-      dimension alone, even for an excellent guide (unless it is small, which is good news at any size). Then
-      the rows' own k-hats decide (more than 10 % above 0.7; more than 1 % asks for care), and
-    - for the population: the k-hat of its normal approximation against the marginal, from the Newton finish
-    (> 0.7; > 0.5
-      asks for care). Without it, and without NUTS on the same rows, nothing vouches for the population: care;
-    - a NUTS reference: differences beyond 0.5 sd, or an sd wrong by half (beyond 0.2 sd or a quarter: care);
-    - planted truth: intervals that miss by more than 10 points; draws that are not finite; a fit that
-    diverged, or whose
-      objective was falling by more than 0.1 nats per row at its end.
+    - Up to 50 rows with latents of their own, or without such: the joint Pareto k-hat of the approximation
+      (> 0.7; > 0.5, or a gap of > 0.1 nats, or means that the weights move by > 0.2 sd, ask for care).
+    - Beyond, the joint log weight is a sum over so many rows that its k-hat is large by dimension alone, even
+      for an excellent guide (a small one is good news at any size). Then the rows' own k-hats decide: more
+      than 10 % above 0.7 (more than 1 % asks for care).
+    - There, for the population: the k-hat of its normal approximation against the marginal, from the Newton
+      finish (> 0.7; > 0.5 asks for care). Without it, or NUTS on the same rows, nothing vouches for the
+      population: care.
+    - A NUTS reference: differences beyond 0.5 sd, or an sd wrong by half (0.2 sd or a quarter: care).
+    - Planted truth: intervals whose coverage is off by more than 10 points.
+    - Draws that are not finite; a fit that diverged, or whose objective fell by more than 0.1 nats per row
+      at its end.
 
     Doubts about the model rather than the fit (predictive checks, PIT) ask for care.
 

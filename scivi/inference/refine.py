@@ -100,7 +100,7 @@ def _weights(
     row, n = bound.template.row_dims[0], len(points)
     noise = shift + log_spread.exp() * points[:, None, :]
     with particle_plate(n, bound.nesting):
-        guide, density = marginal.run_guide(bound, batch, plan, noise, 0, given)
+        guide, density = marginal.run_guide(bound, batch, plan, noise, fixed=given, moving=True)
         values = marginal.latent_values(guide)
         with Placed(values, lambda name, _: values[name]):
             model = poutine.trace(bound.model).get_trace(batch)
