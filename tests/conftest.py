@@ -1,24 +1,23 @@
-"""What every test shares: one thread, and a look at pyro's parameter store before and after."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pyro
 import pytest
+import torch
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    import torch
-
+    """Tests run side by side and on small tensors: more threads only wait for each other."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def parameter_store_stays_empty() -> Iterator[None]:
-    import pyro
-
+def empty_param_store() -> Iterator[None]:
+    """No test finds or leaves anything in the process-wide parameter store."""
+    pyro.clear_param_store()
     yield
     left = sorted(pyro.get_param_store().keys())
     pyro.clear_param_store()
-    assert not left, f"the process-wide parameter store was left with {left}"
+    assert left == [], f"left in pyro's parameter store: {left}"

@@ -304,11 +304,12 @@ def _weigh_globals(out: Collected, bound: Bound, source: Any, draws: int, given:
         return
     size = max(64, 2**19 // n_nodes)
     theta = given[module.name].reshape(draws, -1)[:n]
-    total = -module.distribution().log_prob(theta)
-    for k, batch in enumerate(chunks(source, template.fields, template.row_dims, size, some.device, some.dtype)):
+    total = -module.distribution().log_prob(theta).double()
+    for s in range(n):
+        total[s] += marginal.log_prior(bound, module, theta[s], bound.example)
+    for batch in (chunks(source, template.fields, template.row_dims, size, some.device, some.dtype)):
         for s in range(n):
-            part = marginal.log_marginal(bound, module, theta[s], batch, plan, per_dim, with_prior=k == 0)
-            total[s] = total[s] + part
+            total[s] += marginal.log_marginal(bound, module, theta[s], batch, plan, per_dim)
     weights = np.full(draws, np.nan)
     weights[:n] = total.cpu().numpy()
     out.rows["global_log_weight"] = [weights]

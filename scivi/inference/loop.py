@@ -30,9 +30,10 @@ from scivi.models.binding import Bound, bind, stream_seed
 from scivi.models.template import Template
 
 EXAMPLE_ROWS = 64  # rows that a pair is bound to (our choice: enough for any shape)
-START_ROWS = 4096  # rows of the Newton start (our choice: a second's work, a few percent in the globals)
-MOST_FINE_NODES = 2**26  # rows x nodes above which the finish stays on coarse nodes (our choice: seconds, not minutes)
-NODES_AT_A_TIME = 2**19  # rows x nodes that the Newton finish holds at once (our choice: about 100 MB)
+START_ROWS = 2048  # rows of the Newton start (our choice: a fraction of a second, a few percent in the globals)
+FINISH_ROWS = 2**13  # rows from which the finish takes curvature and fine nodes (our choice: 1 % in the globals' sd)
+MOST_FINE_NODES = 2**22  # rows x fine nodes of the finish (our choice: a second, 100 MB at a time)
+NODES_AT_A_TIME = 2**19  # rows x nodes held at once
 
 
 @dataclass(frozen=True)
@@ -211,31 +212,37 @@ def _go_back(state: State, objective: Objective, plan: Plan, good: tuple[dict[st
 
 
 def _newton_start(state: State, source: Any, plan: Plan) -> None:
-    """Put the globals near the mode for a few thousand rows, before the first step; leaves them alone if it fails."""
+    """Put the globals near the mode for some rows, before the first step; leaves them alone if that fails."""
     bound = state.bound
     module = marginal.global_module(bound)
     if module is None:
         return
-    batches = _some_rows(source, bound, plan)
+    some = _spread_rows(source, bound, START_ROWS)
+    rows = marginal.Rows(some, some, 1.0)
     try:
-        found = marginal.newton_finish(bound, lambda: batches, plan.nodes, max_steps=15, tolerance=0.3)
-    except torch.linalg.LinAlgError:  # a template whose marginal is not smooth at the prior's centre trains from there
+        found = marginal.newton_finish(bound, rows, plan.nodes, fine=False, max_steps=15, tolerance=0.3)
+    except torch.linalg.LinAlgError:  # a marginal that is not smooth at the prior's centre is trained from there
         return
     if bool(torch.isfinite(found.loc).all() and torch.isfinite(found.covariance).all()):
         module.set(found.loc, found.covariance)
         state.newton["start"] = {"steps": found.steps, "step_sd": found.step_sd}
 
 
-def _some_rows(source: Any, bound: Bound, plan: Plan) -> list[Batch]:
-    """Evenly spread rows, in one batch that stands for nothing but itself."""
-    template, like = bound.template, bound.example
-    first = template.row_dims[0]
-    n = source.sizes[first]
-    some = next(iter(like.values.values()))
-    if n <= START_ROWS:
-        return list(chunks(source, template.fields, template.row_dims, n, some.device, some.dtype))
-    index = {first: np.unique(np.linspace(0, n - 1, START_ROWS).astype(int))}
-    return [make_batch(source.read(index), template.fields, source.sizes, template.row_dims, index, some.device, some.dtype)]
+def _spread_rows(source: Any, bound: Bound, most: int) -> Callable[[int], Iterator[Batch]]:
+    """Passes over evenly spread rows, at most so many, in chunks that suit the number of nodes."""
+    template, some = bound.template, next(iter(bound.example.values.values()))
+    first, dims = template.row_dims[0], marginal.layout(bound, bound.example).dims
+    places = np.unique(np.linspace(0, source.sizes[first] - 1, min(most, source.sizes[first])).astype(int))
+
+    def passes(per_dim: int) -> Iterator[Batch]:
+        size = max(64, NODES_AT_A_TIME // max(1, marginal.n_nodes(dims, per_dim)))
+        for start in range(0, len(places), size):
+            index = {first: places[start : start + size]}
+            yield make_batch(
+                source.read(index), template.fields, source.sizes, template.row_dims, index, some.device, some.dtype
+            )
+
+    return passes
 
 
 def fit(
@@ -350,17 +357,12 @@ def _finish(state: State, source: Any, plan: Plan) -> None:
 
 def newton_finish_of(bound: Bound, source: Any, plan: Plan) -> marginal.Newton | None:
     """The Newton finish over all rows of a source; None if the globals are in no joint normal."""
-    some, template = next(iter(bound.example.values.values())), bound.template
+    n = source.sizes[bound.template.row_dims[0]]
     dims = marginal.layout(bound, bound.example).dims
-
-    def passes(per_dim: int) -> Callable[[], Iterator[Batch]]:
-        size = max(64, NODES_AT_A_TIME // marginal.n_nodes(dims, per_dim))
-        return lambda: chunks(source, template.fields, template.row_dims, size, some.device, some.dtype)
-
-    rows, fine = source.sizes[template.row_dims[0]], 2 * plan.nodes + 1
-    affordable = dims <= marginal.GRID_DIMS and rows * marginal.n_nodes(dims, fine) <= MOST_FINE_NODES
+    some = min(n, FINISH_ROWS, max(1, MOST_FINE_NODES // marginal.n_nodes(dims, 2 * plan.nodes + 1)))
+    rows = marginal.Rows(_spread_rows(source, bound, n), _spread_rows(source, bound, some), n / some)
     try:
-        return marginal.newton_finish(bound, passes(plan.nodes), plan.nodes, fine=passes(fine) if affordable else None)
+        return marginal.newton_finish(bound, rows, plan.nodes)
     except Unsupported:
         return None
 

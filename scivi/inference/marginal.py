@@ -15,7 +15,7 @@ a population under the ELBO; under the marginal it only has to put its nodes wel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,12 @@ from scivi.errors import Unsupported
 from scivi.inference.scores import Placed, by_particle, by_row, log_prob, row_scale
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
-from scivi.models.guides import JointNormalGuide, noise_shape, push
+from scivi.models.guides import JointNormalGuide, noise_shape, push, put
 from scivi.models.sites import plates_of, row_dim_of, sample_sites
 
 GRID_DIMS = 3  # above it a grid of nodes costs more than random ones (our choice: 7**3 = 343 nodes)
 RANDOM_NODES = 128
+_STALE = 0.3  # posterior sd; after a longer step the curvature is worked out anew (our choice)
 MOST_DIMS = 16  # above it a few hundred weighted nodes say too little about the marginal (our choice)
 
 
@@ -185,10 +186,12 @@ def run_guide(
         if fixed and name in fixed:
             return fixed[name]
         site = noise[name]
-        value, log_q = push(fn, site.cut(points))
-        if not moving:
-            value = value.detach()
-            log_q = fn.log_prob(value) if torch.is_grad_enabled() else log_q
+        if moving or not torch.is_grad_enabled():
+            value, log_q = push(fn, site.cut(points))
+        else:
+            with torch.no_grad():
+                value = put(fn, site.cut(points)).clone()  # a new tensor: the transforms' caches do not know it
+            log_q = fn.log_prob(value)
         density[site.row_dim] = density[site.row_dim] + by_row(log_q, bound.nesting, site.row_axis)
         return value
 
@@ -293,109 +296,151 @@ def global_module(bound: Bound) -> JointNormalGuide | None:
 
 
 def log_marginal(
-    bound: Bound,
-    module: JointNormalGuide,
-    theta: Tensor,
-    batch: Batch,
-    plan: Layout,
-    per_dim: int,
-    *,
-    with_prior: bool,
-    seed: int = 0,
+    bound: Bound, module: JointNormalGuide, theta: Tensor, batch: Batch, plan: Layout, per_dim: int, *, seed: int = 0
 ) -> Tensor:
-    """Log density of a chunk of rows given the globals at ``theta`` (D,), each row integrated; differentiable in it.
+    """Log density of some rows given the globals at ``theta`` (D,), each row integrated and counted once.
 
     Args:
-        bound: the pair; its guide places the nodes given ``theta``.
+        bound: the pair; its guide places the nodes given ``theta``, and they stay there.
         module: the joint normal that holds the globals.
-        theta: globals on the unbounded scale.
-        batch: the rows; each counts once.
+        theta: globals on the unbounded scale; the result is differentiable in it.
+        batch: the rows.
         plan: of the guide's noise.
         per_dim: Gauss-Hermite nodes per local dimension.
-        with_prior: add the prior density of ``theta`` on the unbounded scale, and observed sites of no row.
         seed: of the nodes where they are random.
     """
     points, log_w = nodes(plan.dims, per_dim, theta, n_random=4 * RANDOM_NODES, seed=seed)
     with torch.no_grad():
         guide, density = run_guide(bound, batch, plan, points, fixed={module.name: theta})
-    with Placed([module.name], lambda _name, _fn: theta):  # the globals again, now with gradients
-        population = poutine.trace(module).get_trace(batch)
-    model = run_model(bound, batch, {**latent_values(guide), **latent_values(population)})
+    model = run_model(bound, batch, {**latent_values(guide), **latent_values(_population(module, theta, batch))})
     out = theta.new_zeros(())
     for row_dim in {s.row_dim for s in plan.sites}:
         weight = _rows(model, bound, batch, row_dim) - density[row_dim]
         out = out + torch.logsumexp(weight + log_w[:, None], 0).sum()
-    if with_prior:
-        jacobian = sum(_globals(population, bound, skip=module.name).values())
-        out = out + sum(_globals(model, bound).values()) - jacobian
     return out
 
 
+def log_prior(bound: Bound, module: JointNormalGuide, theta: Tensor, batch: Batch) -> Tensor:
+    """Log prior density of the globals at ``theta`` (D,) on the unbounded scale, with observed sites of no row."""
+    population = _population(module, theta, batch)
+    with torch.no_grad(), Placed([module.name], lambda _name, _fn: theta):
+        local = latent_values(poutine.trace(bound.guide).get_trace(batch))
+    model = run_model(bound, batch, {**local, **latent_values(population)})
+    return sum(_globals(model, bound).values()) - sum(_globals(population, bound, skip=module.name).values())
+
+
+def _population(module: JointNormalGuide, theta: Tensor, batch: Batch) -> poutine.Trace:
+    """The global sites at ``theta``."""
+    with Placed([module.name], lambda _name, _fn: theta):
+        return poutine.trace(module).get_trace(batch)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that the Newton finish works on.
+
+    Args:
+        all: from nodes per dimension to one pass over all rows, in chunks.
+        some: the same over evenly spread rows, on which curvature and fine nodes are worked out.
+        weight: rows in all over rows in ``some``.
+    """
+
+    all: Callable[[int], Iterable[Batch]]
+    some: Callable[[int], Iterable[Batch]]
+    weight: float
+
+
 def newton_finish(
-    bound: Bound,
-    batches: Callable[[], Iterable[Batch]],
-    per_dim: int,
-    *,
-    fine: Callable[[], Iterable[Batch]] | None = None,
-    max_steps: int = 8,
-    tolerance: float = 0.02,
+    bound: Bound, rows: Rows, per_dim: int, *, fine: bool = True, max_steps: int = 12, tolerance: float = 0.1
 ) -> Newton:
     """Mode and covariance of the globals by Newton's method on the full marginal.
 
-    Newton steps are taken on ``per_dim`` nodes; then, with ``fine``, the mode is moved by gradients on twice as many
-    nodes and one, with the coarse curvature, until it stays.
+    Gradients on coarse nodes come from all rows; the curvature, and the difference that fine nodes make to the gradient,
+    from ``rows.some``, scaled up: both vary little from row to row.
 
     Args:
         bound: a trained pair; its joint normal is where the search starts, and is not changed.
-        batches: makes one pass over all rows, in chunks.
-        per_dim: Gauss-Hermite nodes per local dimension.
-        fine: the same, in chunks for the fine nodes; None leaves the coarse answer.
-        max_steps: Newton steps at most; each costs D + 1 passes with gradients.
-        tolerance: stop when no coordinate moved by more, in posterior sd.
+        rows: of the data.
+        per_dim: Gauss-Hermite nodes per local dimension: coarse ones as in training, fine ones twice as many and one.
+        fine: correct the coarse answer by the fine nodes.
+        max_steps: Newton steps at most.
+        tolerance: stop when no coordinate moved by more, in posterior sd; the next step would be far smaller.
 
     Raises:
         Unsupported: the guide's noise cannot be laid out, or no joint normal holds all globals.
     """
-    module, plan = global_module(bound), layout(bound, next(iter(batches())))
+    module, plan = global_module(bound), layout(bound, bound.example)
     if module is None or plan.refusal is not None:
         raise Unsupported(
             f"the Newton finish cannot be had: "
             f"{plan.refusal or 'no full-rank joint normal holds all globals (scivi.models.guides.global_normal)'}."
         )
+    coarse, n_fine = training_nodes(plan.dims, per_dim), 2 * per_dim + 1
 
-    def derivatives(theta: Tensor, *, curved: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        passes, n = (batches, per_dim) if curved or fine is None else (fine, 2 * per_dim + 1)
-        return _derivatives(bound, module, theta, passes, plan, n, curved=curved)
+    def derivatives(theta: Tensor, batches: Callable[[int], Iterable[Batch]], n: int, curved: bool) -> Derivatives:
+        def of_rows(at: Tensor) -> Iterator[Tensor]:
+            return (log_marginal(bound, module, at, batch, plan, n) for batch in batches(n))
 
-    theta, step_sd, taken = module.loc.detach().clone(), math.inf, 0
-    value, gradient, hessian = derivatives(theta)
+        return differentiate(of_rows, theta, curved, module.loc.dtype)
+
+    def posterior(theta: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope, _ = derivatives(theta, rows.all, coarse, False)
+        prior = differentiate(of_prior, theta, False, module.loc.dtype)
+        return prior[0] + value, prior[1] + slope
+
+    def covariance_at(theta: Tensor) -> Tensor:
+        bend = derivatives(theta, rows.some, coarse, True)[2]
+        return torch.linalg.inv(_positive(-rows.weight * bend - differentiate(of_prior, theta, True, module.loc.dtype)[2]))
+
+    def of_prior(at: Tensor) -> Iterator[Tensor]:
+        yield log_prior(bound, module, at, bound.example)
+
+    theta, step_sd, taken = module.loc.detach().double(), math.inf, 0
+    (value, slope), covariance = posterior(theta), covariance_at(theta)
     while taken < max_steps and step_sd > tolerance:
-        covariance = torch.linalg.inv(_positive(-hessian))
-        step, length = covariance @ gradient, 1.0
+        step, length = covariance @ slope, 1.0
         while True:
-            ahead = derivatives(theta + length * step)
-            if ahead[0] >= value - _noise_of(value, theta) or length < 1e-3:
+            ahead = posterior(theta + length * step)
+            if ahead[0] >= value - _rounding(value, module.loc) or length < 1e-3:
                 break
             length *= 0.5
-        theta, (value, gradient, hessian) = theta + length * step, ahead
+        theta, (value, slope) = theta + length * step, ahead
         step_sd = float((length * step / covariance.diagonal().sqrt()).abs().max())
+        if step_sd > _STALE:
+            covariance = covariance_at(theta)
         taken += 1
-    covariance = torch.linalg.inv(_positive(-hessian))
-    coarse, sd, n_nodes = theta, covariance.diagonal().sqrt(), per_dim
-    if fine is not None:
-        n_nodes, step_sd = 2 * per_dim + 1, math.inf
-        while step_sd > tolerance and taken < 2 * max_steps:
-            value, gradient, _ = derivatives(theta, curved=False)
-            step = covariance @ gradient
-            theta, step_sd, taken = theta + step, float((step / sd).abs().max()), taken + 1
+    node_error, n_nodes_used = math.nan, coarse
+    if fine:
+        difference = derivatives(theta, rows.some, n_fine, False)[1] - derivatives(theta, rows.some, coarse, False)[1]
+        moved = covariance @ (rows.weight * difference + slope)
+        theta, n_nodes_used = theta + moved, n_fine
+        node_error = float((moved / covariance.diagonal().sqrt()).abs().max())
     evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
-    moved = float(((theta - coarse) / sd).abs().max()) if fine is not None else math.nan
-    return Newton(theta, covariance, step_sd, taken, n_nodes, moved, evidence)
+    loc, covariance = theta.to(module.loc), covariance.to(module.loc)
+    return Newton(loc, covariance, step_sd, taken, n_nodes_used, node_error, evidence)
 
 
-def _noise_of(value: Tensor, theta: Tensor) -> float:
+Derivatives = tuple[Tensor, Tensor, Tensor]
+
+
+def differentiate(
+    parts: Callable[[Tensor], Iterator[Tensor]], theta: Tensor, curved: bool, dtype: torch.dtype
+) -> Derivatives:
+    """Value, gradient (D,) and, if ``curved``, Hessian (D, D) of a sum of terms at ``theta``, added up in float64."""
+    at = theta.detach().to(dtype).requires_grad_(True)
+    value, slope, bend = theta.new_zeros(()), torch.zeros_like(theta), theta.new_zeros(len(theta), len(theta))
+    for part in parts(at):
+        (own,) = torch.autograd.grad(part, at, create_graph=curved)
+        value, slope = value + part.detach(), slope + own.detach()
+        if curved:
+            rows = [torch.autograd.grad(own[i], at, retain_graph=True)[0] for i in range(len(theta))]
+            bend = bend + torch.stack(rows).detach()
+    return value, slope, bend
+
+
+def _rounding(value: Tensor, like: Tensor) -> float:
     """Rounding error to be expected of a log density of this size."""
-    return 10 * abs(float(value)) * torch.finfo(theta.dtype).eps
+    return 10 * abs(float(value)) * torch.finfo(like.dtype).eps
 
 
 def _positive(matrix: Tensor) -> Tensor:
@@ -403,27 +448,3 @@ def _positive(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
     floor = values.abs().max() * 1e-8
     return vectors @ torch.diag(values.abs().clamp_min(floor)) @ vectors.T
-
-
-def _derivatives(
-    bound: Bound,
-    module: JointNormalGuide,
-    theta: Tensor,
-    batches: Callable[[], Iterable[Batch]],
-    plan: Layout,
-    per_dim: int,
-    *,
-    curved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, gradient and (if ``curved``) Hessian of the log marginal over all rows, summed over chunks in float64."""
-    point = theta.detach().double()
-    value, gradient, hessian = point.new_zeros(()), torch.zeros_like(point), point.new_zeros(len(theta), len(theta))
-    for k, batch in enumerate(batches()):
-        at = theta.detach().clone().requires_grad_(True)
-        part = log_marginal(bound, module, at, batch, plan, per_dim, with_prior=k == 0)
-        (slope,) = torch.autograd.grad(part, at, create_graph=curved)
-        value, gradient = value + part.detach(), gradient + slope.detach()
-        if curved:
-            rows = [torch.autograd.grad(slope[i], at, retain_graph=True)[0] for i in range(len(theta))]
-            hessian = hessian + torch.stack(rows).detach()
-    return value, gradient.to(theta), hessian.to(theta)

@@ -10,6 +10,7 @@ all rows of a batch, so its bound loosens as the batch grows. Here each row has 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,7 +94,9 @@ class Objective:
 
 
 def prepare(bound: Bound, batch: Batch, plan: Plan) -> Objective:
-    """Settle the estimator for a pair: "auto" takes "marginal" where it can be had, else "trace".
+    """Settle the estimator for a pair.
+
+    "auto" takes "marginal" where it can be had, "enumerate" if the guide leaves out discrete latents, else "trace".
 
     Args:
         bound: the pair.
@@ -110,7 +113,10 @@ def prepare(bound: Bound, batch: Batch, plan: Plan) -> Objective:
         return Objective(bound, plan, "marginal", found)
     if plan.estimator == "marginal":
         raise Unsupported(f'estimator="marginal" cannot be used: {found.refusal}. Use "trace" or "iwae".')
-    discrete = any(s.discrete for s in bound.sites)
+    discrete = {s.name for s in bound.sites if s.discrete}
+    if discrete:
+        with torch.no_grad():
+            discrete -= poutine.trace(bound.guide).get_trace(batch).nodes.keys()
     return Objective(bound, plan, "enumerate" if discrete else "trace", found)
 
 
@@ -228,11 +234,10 @@ def _enumerated(bound: Bound, batch: Batch, particles: int, n: int, beta: float 
         pair = run_pair(_enumerating(bound), batch, particles=particles, allow=left_out)
     pair.model.compute_log_prob()
     pair.model.pack_tensors()
-    symbols = {
-        s["infer"]["_enumerate_symbol"] for s in pair.model.nodes.values() if s["infer"].get("_enumerate_symbol")
-    }
-    factors: dict[frozenset[str], list[Tensor]] = {}
-    observed, latent, scale = {}, {}, 1.0
+    infers = [site["infer"] for site in pair.model.nodes.values() if _scored(site)]
+    symbols = {infer["_enumerate_symbol"] for infer in infers if infer.get("_enumerate_symbol")}
+    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    observed, latent, scales = {}, {}, set()
     scores_guide = {k: by_particle(log_prob(s), bound.nesting) for k, s in pair.guide.nodes.items() if _scored(s)}
     for name, site in pair.model.nodes.items():
         if not _scored(site):
@@ -247,12 +252,17 @@ def _enumerated(bound: Bound, batch: Batch, particles: int, n: int, beta: float 
         else:
             plates = frozenset(pair.model.plate_to_symbol[p] for p in plates_of(site))
             factors.setdefault(plates, []).append(packed["unscaled_log_prob"])
-            scale = site["scale"]
+            scales.add(float(site["scale"]))
+    if len(scales) > 1:
+        raise Unsupported(
+            f'estimator="enumerate": summed sites stand for rows in the proportions {sorted(scales)}, and a sum has one. '
+            f"Put them in one row dim, or use Plan(rows_per_batch=None)."
+        )
     latent |= {name: -value for name, value in scores_guide.items()}
     if factors:
         summed = contract_tensor_tree(factors, symbols)
         terms = [t.sum() for terms in summed.values() for t in terms]
-        observed["enumerated"] = scale * torch.stack(terms).sum() / particles * torch.ones(1)
+        observed["enumerated"] = scales.pop() * torch.stack(terms).sum() / particles
     return _value(observed, latent, n, beta)
 
 

@@ -470,6 +470,20 @@ def noise_size(fn: Any) -> int | None:
     return None if shape is None else torch.Size(shape).numel()
 
 
+def put(fn: Any, noise: Tensor) -> Tensor:
+    """Value of ``fn`` at given standard normal noise, as ``rsample`` would compute it; arguments as ``push`` has them."""
+    if isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+        return put(fn.base_dist, noise)
+    if isinstance(fn, torch.distributions.TransformedDistribution):
+        value = put(fn.base_dist, noise)
+        for transform in fn.transforms:
+            value = transform(value)
+        return value
+    if isinstance(fn, torch.distributions.MultivariateNormal):
+        return fn.loc + (fn.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+    return fn.loc + fn.scale * noise
+
+
 def push(fn: Any, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Value of ``fn`` at given standard normal noise, as ``rsample`` would compute it, and its log density there.
 

@@ -18,7 +18,7 @@ from scivi.inference.plan import Plan
 from scivi.inputs.batches import Batch, chunks
 from scivi.inputs.fields import Field
 from scivi.inputs.sources import open_source
-from scivi.models.binding import Bound, bind, seeded
+from scivi.models.binding import Bound, bind
 from scivi.models.guides import global_normal
 from scivi.models.template import Template
 
@@ -113,7 +113,7 @@ def posterior_of_mu(y: Tensor, spread: float) -> tuple[Tensor, Tensor]:
     """Mean and variance of mu given rows with y_i ~ N(mu, variance spread**2 + NOISE**2)."""
     variance = spread**2 + NOISE**2
     precision = 1 / PRIOR**2 + len(y) / variance
-    return y.sum() / variance / precision, 1 / precision
+    return y.sum() / variance / precision, y.new_tensor(1 / precision)
 
 
 def log_evidence(y: Tensor, spread: float) -> Tensor:
@@ -166,5 +166,3 @@ def make_exact(bound: Bound, y: Tensor) -> None:
             nets.globals.set(mean.reshape(1), variance.reshape(1, 1))
         else:
             nets.loc.copy_(mean), nets.log_scale.copy_(variance.sqrt().log())
-
-
