@@ -30,6 +30,7 @@ from scivi.models.template import Template
 AT_ONCE = 2**20  # draws x rows held at once (our choice: a few hundred MB with a dozen sites)
 POOR_SHARE = 0.2  # share of effective draws under which a row's amortised posterior counts as poor (our choice)
 WEIGHED_DRAWS = 200  # draws whose global weight is worked out by integrating all rows
+FEWEST_WEIGHED = 50  # fewer draws say nothing about the weights' tail
 WEIGHED_NODES = 2**27  # rows x nodes x draws above which it is not (our choice: about a minute)
 
 
@@ -123,16 +124,17 @@ def _chain(fit: Fit, source: Any, draws: int, seed: int, refine: bool, predictiv
     out, given = Collected(), None
     with seeded(seed, some.device), torch.no_grad(), quiet():
         for batch in chunks(source, bound.template.fields, bound.template.row_dims, size, some.device, some.dtype):
-            given = _globals(bound, batch, draws) if given is None else given
+            given = _globals(bound, draws) if given is None else given
             _collect(out, fit, batch, draws, given, refine, predictive, first=not out.rows)
-        _weigh_globals(out, bound, source, draws, given or {})
+        if source.fingerprint == fit.provenance["data"]["fingerprint"]:
+            _weigh_globals(out, bound, source, draws, given or {})
     return out
 
 
-def _globals(bound: Bound, batch: Batch, draws: int) -> dict[str, Tensor]:
+def _globals(bound: Bound, draws: int) -> dict[str, Tensor]:
     """Values of the guide's global sites, auxiliary ones too, over all draws."""
     with particle_plate(draws, bound.nesting):
-        trace = poutine.trace(bound.guide).get_trace(batch)
+        trace = poutine.trace(bound.guide).get_trace(bound.example)
     rows = bound.template.row_dims
     return {name: site["value"] for name, site in sample_sites(trace) if row_dim_of(site, rows) is None}
 
@@ -300,7 +302,7 @@ def _weigh_globals(out: Collected, bound: Bound, source: Any, draws: int, given:
     per_dim = 9 if plan.dims < marginal.GRID_DIMS else 7
     n_nodes = marginal.n_nodes(plan.dims, per_dim)
     n = min(draws, WEIGHED_DRAWS, WEIGHED_NODES // (n_nodes * source.sizes[template.row_dims[0]]))
-    if n < min(draws, 50):
+    if n < FEWEST_WEIGHED:
         return
     size = max(64, 2**19 // n_nodes)
     theta = given[module.name].reshape(draws, -1)[:n]

@@ -269,11 +269,11 @@ class Newton:
     Args:
         loc: mode of the globals' posterior on the unbounded scale, (D,).
         covariance: inverse of the negative Hessian there, (D, D).
-        step_sd: size of the last step in posterior sd, the largest of the coordinates.
-        steps: steps taken.
+        step_sd: size of the last step on coarse nodes, in posterior sd, the largest of the coordinates.
+        steps: steps taken before it.
         nodes: Gauss-Hermite nodes per local dimension at the end.
-        node_error_sd: by how much going from coarse to fine nodes moved the mode, in posterior sd: an estimate, from
-            above, of what is left of the integration error.
+        node_error_sd: by how much going from coarse to fine nodes moved the mode, in posterior sd; what the fine ones
+            leave is far smaller.
         log_evidence: Laplace estimate of the log evidence, nats.
     """
 
@@ -397,27 +397,26 @@ def newton_finish(
 
     theta, step_sd, taken = module.loc.detach().double(), math.inf, 0
     (value, slope), covariance = posterior(theta), covariance_at(theta)
-    while taken < max_steps and step_sd > tolerance:
-        step, length = covariance @ slope, 1.0
-        while True:
-            ahead = posterior(theta + length * step)
-            if ahead[0] >= value - _rounding(value, module.loc) or length < 1e-3:
-                break
+    while taken < max_steps:
+        step, sd = covariance @ slope, covariance.diagonal().sqrt()
+        step_sd = float((step / sd).abs().max())
+        if step_sd < tolerance:  # a step this small is taken below, with the fine nodes'
+            break
+        length = 1.0
+        while (ahead := posterior(theta + length * step))[0] < value - _rounding(value, module.loc) and length > 1e-3:
             length *= 0.5
-        theta, (value, slope) = theta + length * step, ahead
-        step_sd = float((length * step / covariance.diagonal().sqrt()).abs().max())
+        theta, (value, slope), taken = theta + length * step, ahead, taken + 1
         if step_sd > _STALE:
             covariance = covariance_at(theta)
-        taken += 1
-    node_error, n_nodes_used = math.nan, coarse
+    difference, node_error = torch.zeros_like(slope), math.nan
     if fine:
-        difference = derivatives(theta, rows.some, n_fine, False)[1] - derivatives(theta, rows.some, coarse, False)[1]
-        moved = covariance @ (rows.weight * difference + slope)
-        theta, n_nodes_used = theta + moved, n_fine
-        node_error = float((moved / covariance.diagonal().sqrt()).abs().max())
+        (v_fine, s_fine, _), (v, s, _) = (derivatives(theta, rows.some, n, False) for n in (n_fine, coarse))
+        value, difference = value + rows.weight * (v_fine - v), rows.weight * (s_fine - s)
+        node_error = float((covariance @ difference / covariance.diagonal().sqrt()).abs().max())
+    theta = theta + covariance @ (slope + difference)
     evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
     loc, covariance = theta.to(module.loc), covariance.to(module.loc)
-    return Newton(loc, covariance, step_sd, taken, n_nodes_used, node_error, evidence)
+    return Newton(loc, covariance, step_sd, taken, n_fine if fine else coarse, node_error, evidence)
 
 
 Derivatives = tuple[Tensor, Tensor, Tensor]

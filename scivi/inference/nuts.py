@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyro
-import pyro.distributions as dist
 import torch
 import xarray as xr
 from pyro import poutine
-from pyro.infer import NUTS
+from pyro.infer import NUTS, config_enumerate, infer_discrete
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from scivi.errors import FitError, PlanError, TemplateError, Unsupported, listed
-from scivi.inference.draws import AT_ONCE, Collected, _check_rows, _gather_sites, _prior, _run_model
+from scivi.inference.draws import AT_ONCE, Collected, _check_rows, _gather_sites, _prior
 from scivi.inference.loop import EXAMPLE_ROWS, open_data
 from scivi.inference.plan import Plan
-from scivi.inference.scores import by_particle, log_prob, particle_plate, quiet
+from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate, quiet
 from scivi.inference.state import Fit, freeze, versions
 from scivi.inference.trees import dataset, save_tree, tree, units_of
 from scivi.inputs.batches import Batch, chunks
@@ -120,7 +118,10 @@ def nuts(
     References:
         Hoffman and Gelman 2014, JMLR 15, 1593-1623 (the sampler); Betancourt 2017, arXiv:1701.02434 (its energy).
     """
-    _check_request(backend, {"draws": draws, "warmup": warmup, "chains": chains} | ({} if rows is None else {"rows": rows}))
+    _check_request(
+        backend,
+        {"draws": draws, "warmup": warmup, "chains": chains} | ({} if rows is None else {"rows": rows}),
+    )
     whole = source = open_data(template, data)
     row = template.row_dims[0]
     if rows is not None and rows < source.sizes[row]:
@@ -140,15 +141,21 @@ def nuts(
 
 def _check_request(backend: str, numbers: Mapping[str, int]) -> None:
     if backend != "pyro":
-        raise Unsupported(f'backend = "{backend}" is not offered; "pyro" is. A faster one, by "nutpie", comes later.')
+        raise Unsupported(
+            f'backend = "{backend}" is not offered; "pyro" is. A faster one, by "nutpie", comes later.'
+        )
     faults = [
-        f"{name} = {n!r}; it must be a whole number of at least 1" for name, n in numbers.items() if not isinstance(n, int) or n < 1
+        f"{name} = {n!r}; it must be a whole number of at least 1"
+        for name, n in numbers.items()
+        if not isinstance(n, int) or n < 1
     ]
     if faults:
         raise PlanError(listed("nuts cannot be run so:", faults))
 
 
-def _pair(template: Template, source: Any, batch: Batch, given: Fit | None, seed: int) -> tuple[Bound, list[str]]:
+def _pair(
+    template: Template, source: Any, batch: Batch, given: Fit | None, seed: int
+) -> tuple[Bound, list[str]]:
     """The model with its nets held fixed, and the names of those of their parameters on which it depends."""
     if given is not None and given.template.name != template.name:
         raise TemplateError(f'given is a fit of "{given.template.name}"; this is "{template.name}".')
@@ -250,7 +257,14 @@ class _Potential:
 
 
 def _sample(
-    bound: Bound, batch: Batch, start: Start | None, draws: int, warmup: int, chains: int, seed: int, progress: bool
+    bound: Bound,
+    batch: Batch,
+    start: Start | None,
+    draws: int,
+    warmup: int,
+    chains: int,
+    seed: int,
+    progress: bool,
 ) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     """Latents (chain x draw, ...) on their supports, and the sampler's statistics (chain, draw)."""
     bar = tqdm(total=chains * (draws + warmup), disable=not progress, desc=bound.template.name, unit="draw")
@@ -258,7 +272,11 @@ def _sample(
     stats: list[dict[str, list[float]]] = []
     try:
         for chain in range(chains):
-            with seeded(stream_seed(stream_seed(seed, "sampling") + chain, "sampling")), quiet(), poutine.block():
+            with (
+                seeded(stream_seed(stream_seed(seed, "sampling") + chain, "sampling")),
+                quiet(),
+                poutine.block(),
+            ):
                 first, potential, transforms = _density(bound, batch, start)
                 bar.set_postfix_str(f"chain {chain + 1} of {chains}")
                 path, numbers = _chain(first, potential, draws, warmup, bar)
@@ -272,19 +290,29 @@ def _sample(
     return {name: torch.cat(parts) for name, parts in values.items()}, table
 
 
-def _density(bound: Bound, batch: Batch, start: Start | None) -> tuple[dict[str, Tensor], _Potential, dict[str, Any]]:
+def _density(
+    bound: Bound, batch: Batch, start: Start | None
+) -> tuple[dict[str, Tensor], _Potential, dict[str, Any]]:
     """Starting point and potential on the unbounded scale, and the transforms to it."""
     name = bound.template.name
     try:
-        first, function, transforms, _ = initialize_model(bound.model, (batch,), max_plate_nesting=bound.nesting)
+        first, function, transforms, _ = initialize_model(
+            bound.model, (batch,), max_plate_nesting=bound.nesting
+        )
     except ValueError as error:
-        if "initial params" not in str(error):
-            raise
-        raise FitError(f'NUTS found no starting point at which the density of "{name}" is finite; pass given=fit.') from None
-    except NotImplementedError as error:
-        raise Unsupported(f'NUTS cannot sample "{name}": {error}. Sum the discrete latents in the model.') from None
-    if left := [s.name for s in bound.sites if s.discrete and s.name in first]:
-        raise Unsupported(f'NUTS cannot sample "{name}": the discrete latents {left} have no finite support to sum over.')
+        if "initial params" in str(error):
+            raise FitError(
+                f'NUTS found no point at which the density of "{name}" is finite, to start from.'
+            ) from None
+        if "discrete" in str(error):
+            left = [s.name for s in bound.sites if s.discrete]
+            raise Unsupported(
+                f'NUTS cannot sample "{name}": of the discrete latents {left} one has no finite support to sum over.'
+            ) from None
+        raise
+    first = {
+        n: z.double() for n, z in first.items()
+    }  # a model with plain numbers in its distributions starts in float32
     if start is not None:
         drawn = start()
         moved = {n: transforms[n](drawn[n]).to(z).reshape(z.shape) for n, z in first.items() if n in drawn}
@@ -304,15 +332,27 @@ def _chain(
     names = ("diverging", "acceptance_rate", "step_size", "n_steps", "tree_depth", "energy")
     stats: dict[str, list[float]] = {name: [] for name in names}
     for k in range(warmup + draws):
-        before, calls, accepted = float(kernel._fetch_from_cache()[1]), potential.calls, kernel._mean_accept_prob
+        before, calls, accepted = (
+            float(kernel._fetch_from_cache()[1]),
+            potential.calls,
+            kernel._mean_accept_prob,
+        )
         point = kernel.sample(point)
         bar.update()
         if k < warmup:
             continue
         n, n_steps = k - warmup + 1, potential.calls - calls
         rate = kernel._mean_accept_prob if n == 1 else accepted + n * (kernel._mean_accept_prob - accepted)
+        rate = min(1.0, max(0.0, rate))  # it comes out of a running mean, with its rounding
         diverged = (n - 1) in kernel.diagnostics()["divergences"][-1:]
-        numbers = (diverged, rate, kernel.step_size, n_steps, np.ceil(np.log2(n_steps + 1)), before + kernel.kinetic)
+        numbers = (
+            diverged,
+            rate,
+            kernel.step_size,
+            n_steps,
+            np.ceil(np.log2(n_steps + 1)),
+            before + kernel.kinetic,
+        )
         for name, number in zip(names, numbers, strict=True):
             stats[name].append(number)
         path.append({name: z.detach() for name, z in point.items()})
@@ -327,32 +367,42 @@ def _rerun(bound: Bound, batch: Batch, values: Mapping[str, Tensor], total: int)
     for begin in range(0, total, size):
         n = min(size, total - begin)
         part = {name: v[begin : begin + n] for name, v in values.items()}
-        with particle_plate(n, bound.nesting):
-            model = _run_model(bound, batch, _as_trace(bound, part, n))
+        model = _model_at(bound, batch, part, n)
         _gather_sites(out, template, model, batch, n, first=True)
-        density = sum((by_particle(log_prob(s), bound.nesting) for _, s in sample_sites(model)), start=torch.zeros(1))
+        density = sum(
+            (by_particle(log_prob(s), bound.nesting) for _, s in sample_sites(model)), start=torch.zeros(1)
+        )
         joint.append(density.expand(n))
     out.log_joint = torch.cat(joint)
     return out
 
 
-def _as_trace(bound: Bound, values: Mapping[str, Tensor], n: int) -> poutine.Trace:
-    """A trace that ``replay`` takes: each latent's draws left of all plates."""
+def _model_at(bound: Bound, batch: Batch, values: Mapping[str, Tensor], n: int) -> poutine.Trace:
+    """The model with each latent's draws (draw, ...) left of all plates; discrete ones that were summed are drawn."""
     event_dims = {s.name: s.event_dim for s in bound.sites}
+    placed = {}
+    for name, value in values.items():
+        pad = (1,) * (bound.nesting - (value.dim() - 1 - event_dims[name]))
+        placed[name] = value.reshape(n, *pad, *value.shape[1:]) if n > 1 else value[0]
 
-    def place() -> None:
-        for name, value in values.items():
-            event_dim = event_dims[name]
-            pad = (1,) * (bound.nesting - (value.dim() - 1 - event_dim))
-            placed = value.reshape(n, *pad, *value.shape[1:]) if n > 1 else value[0]
-            pyro.sample(name, dist.Delta(placed, event_dim=event_dim))
+    def model(batch: Batch) -> None:
+        with particle_plate(n, bound.nesting), Placed(placed, lambda name, _: placed[name]):
+            bound.model(batch)
 
-    with poutine.block():
-        return poutine.trace(place).get_trace()
+    if any(
+        s.discrete for s in bound.sites
+    ):  # the plate of draws inside: what is outside is hidden from this handler
+        model = infer_discrete(config_enumerate(model, "parallel"), first_available_dim=-2 - bound.nesting)
+    return poutine.trace(model).get_trace(batch)
 
 
 def _groups(
-    bound: Bound, source: Any, found: Collected, stats: Mapping[str, np.ndarray], shape: tuple[int, int], seed: int
+    bound: Bound,
+    source: Any,
+    found: Collected,
+    stats: Mapping[str, np.ndarray],
+    shape: tuple[int, int],
+    seed: int,
 ) -> dict[str, xr.Dataset]:
     template = bound.template
     sizes, units = template.all_sizes(source.sizes), units_of(template)
@@ -366,7 +416,9 @@ def _groups(
     posterior = {n: (found.dims[n], sampled(parts)) for n, parts in found.posterior.items()}
     groups = {"posterior": dataset(posterior, coords, units, sampled=True)}
     groups["prior"] = _prior(Fit(bound, {}, Plan(), xr.Dataset(), {}, {}), shape[1], seed, coords, units)
-    likelihood = {n: (found.dims[f"log_likelihood {n}"], sampled(parts)) for n, parts in found.likelihood.items()}
+    likelihood = {
+        n: (found.dims[f"log_likelihood {n}"], sampled(parts)) for n, parts in found.likelihood.items()
+    }
     groups["log_likelihood"] = dataset(likelihood, coords, dict.fromkeys(likelihood, "nat"), sampled=True)
     table = source.read({})
     for group, role in (("observed_data", "observed"), ("constant_data", "given")):
@@ -380,15 +432,28 @@ def _groups(
 
 
 def _provenance(
-    template: Template, whole: Any, source: Any, given: Fit | None, learnt: list[str], groups: Mapping[str, xr.Dataset], seed: int, warmup: int
+    template: Template,
+    whole: Any,
+    source: Any,
+    given: Fit | None,
+    learnt: list[str],
+    groups: Mapping[str, xr.Dataset],
+    seed: int,
+    warmup: int,
 ) -> dict[str, Any]:
     row = template.row_dims[0]
     chains, draws = (groups["posterior"].sizes[d] for d in ("chain", "draw"))
     return {
         "template": template.name,
         "prior": template.prior_numbers(),
-        "data": {"fingerprint": whole.fingerprint, "sizes": dict(source.sizes), "rows": list(template.row_dims)},
-        "subset": {"dim": row, "taken": source.sizes[row], "of": whole.sizes[row]} if source is not whole else None,
+        "data": {
+            "fingerprint": whole.fingerprint,
+            "sizes": dict(source.sizes),
+            "rows": list(template.row_dims),
+        },
+        "subset": {"dim": row, "taken": source.sizes[row], "of": whole.sizes[row]}
+        if source is not whole
+        else None,
         "method": "nuts",
         "backend": "pyro",
         "plan": {"draws": draws, "warmup": warmup, "chains": chains},

@@ -97,11 +97,11 @@ class Plan:
     log_every: int = 50
     save_every_s: float = 60.0
     restarts: int = 2
-    stop: Plateau | None = None
+    stop: Plateau | None = Plateau()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, Mapping):
-            object.__setattr__(self, "stop", Plateau(**self.stop))
+            object.__setattr__(self, "stop", _plateau(self.stop))
         faults = [*_faults_of_numbers(self), *_faults_of_choices(self)]
         if faults:
             raise PlanError(listed("this plan cannot be used:", faults))
@@ -155,6 +155,13 @@ class Plan:
         return cls.from_dict(table.get("plan", table))
 
 
+def _plateau(table: Mapping[str, Any]) -> Plateau:
+    known = {f.name for f in fields(Plateau)}
+    if unknown := sorted(set(table) - known):
+        raise PlanError(f"stop has no {unknown}. It has: {', '.join(sorted(known))}.")
+    return Plateau(**table)
+
+
 def _faults_of_numbers(plan: Plan) -> list[str]:
     least = {"steps": 1, "particles": 1, "nodes": 1, "kl_warmup": 0, "log_every": 1, "restarts": 0, "seed": 0}
     faults = []
@@ -164,17 +171,21 @@ def _faults_of_numbers(plan: Plan) -> list[str]:
             faults.append(f"{name} = {value!r}; it must be a whole number of at least {low}")
     for name in ("rows_per_batch", "rows_per_batch_max"):
         value = getattr(plan, name)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             faults.append(f"{name} = {value!r}; it must be a whole number of at least 1, or None")
     for name in ("lr", "save_every_s", "beta", "clip"):
         value = getattr(plan, name)
-        if not (name == "clip" and value is None) and not (isinstance(value, int | float) and value > 0):
+        if not (name == "clip" and value is None) and not (_is_number(value) and 0 < value < math.inf):
             faults.append(f"{name} = {value!r}; it must be a number above 0")
     for name in ("warmup", "decay", "grow_below", "beta_start"):
         value = getattr(plan, name)
-        if not (isinstance(value, int | float) and 0 <= value <= 1):
+        if not (_is_number(value) and 0 <= value <= 1):
             faults.append(f"{name} = {value!r}; it must lie between 0 and 1")
     return faults
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _faults_of_choices(plan: Plan) -> list[str]:
@@ -194,4 +205,6 @@ def _faults_of_choices(plan: Plan) -> list[str]:
         faults.append('estimator = "iwae" needs particles >= 2 (5 to 50 are usual)')
     if plan.stop is not None and not isinstance(plan.stop, Plateau):
         faults.append(f"stop = {plan.stop!r}; it must be a Plateau or None")
+    elif plan.stop is not None and not (plan.stop.window >= 1 and plan.stop.min_steps >= 1 and plan.stop.tolerance >= 0):
+        faults.append(f"stop = {plan.stop}; window and min_steps must be at least 1, tolerance at least 0")
     return faults

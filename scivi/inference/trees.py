@@ -68,7 +68,7 @@ def save_tree(found: xr.DataTree, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".zarr":
-        found.to_zarr(path, mode="w")
+        found.to_zarr(path, mode="w", zarr_format=2)  # format 3 has no settled text type yet
         return path
     aside = path.with_name(f".{path.name}.part")
     found.to_netcdf(aside, engine="h5netcdf")
