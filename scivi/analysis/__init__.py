@@ -18,7 +18,7 @@ from scivi.analysis.plots import (
 )
 from scivi.analysis.predictive import loo, pit, pit_values, predictive_check
 from scivi.analysis.report import report
-from scivi.analysis.weights import reliability, row_reliability
+from scivi.analysis.weights import population_reliability, reliability, row_reliability
 
 __all__ = [
     "collapse",
@@ -36,6 +36,7 @@ __all__ = [
     "plot_population",
     "plot_predictive",
     "plot_row_k",
+    "population_reliability",
     "predictive_check",
     "ranks",
     "reliability",

@@ -134,6 +134,11 @@ def plot_row_k(tree: xr.DataTree, *, threshold: float = USABLE_K, rows: xr.Datas
     return figure
 
 
+def _varies(draws: np.ndarray) -> bool:
+    """Whether an entry is more than a constant up to rounding, such as the diagonal of a correlation matrix."""
+    return bool(np.std(draws) > 1e-5 * (1 + np.abs(draws).max()))
+
+
 def plot_population(tree: xr.DataTree, *, reference: xr.DataTree | None = None) -> Figure:
     """Posterior against prior, and a reference if given, of each population variable.
 
@@ -144,6 +149,7 @@ def plot_population(tree: xr.DataTree, *, reference: xr.DataTree | None = None) 
     prior = groups.group(tree, "prior") if "prior" in tree.children else xr.Dataset()
     other = groups.group(reference, "posterior") if reference is not None else xr.Dataset()
     entries = [(n, i) for n in groups.population_names(tree) for i in np.ndindex(*_shape(posterior[n]))]
+    entries = [(n, i) for n, i in entries if _varies(_entry(posterior[n], i))]
     if not entries:
         raise DataError("no population variable: every variable of the posterior runs over rows.")
     entries = entries[:SHOWN_PANELS]

@@ -98,6 +98,33 @@ def _corrected(values: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def population_reliability(tree: xr.DataTree, *, threshold: float = GOOD_K) -> xr.Dataset:
+    """Judge the globals' own approximation by their weights with the rows integrated out.
+
+    w = p(x | theta) p(theta) / q(theta), where p(x | theta) integrates the latents of every row.
+
+    Args:
+        tree: with ``sample_stats/global_log_weight``; draws without one are NaN.
+        threshold: largest k-hat to accept.
+
+    Returns:
+        Dim chain: k_hat, ess (of ``draws`` draws), gap (nats, from below), draws, ok.
+
+    Raises:
+        DataError: no such weights were stored (too many rows to integrate at each draw), or fewer than 25.
+    """
+    stats = groups.group(tree, "sample_stats")
+    if "global_log_weight" not in stats:
+        raise DataError('"sample_stats" has no "global_log_weight": the rows were not integrated at each draw.')
+    every = stats["global_log_weight"].astype(float).transpose(*groups.SAMPLE).values
+    log_weight = every[:, np.isfinite(every).all(0)]
+    smoothed, k_hat = pareto.smooth(log_weight)
+    gap = np.asarray(logsumexp(log_weight, axis=-1)) - np.log(log_weight.shape[-1]) - log_weight.mean(-1)
+    numbers = {"k_hat": k_hat, "ess": pareto.effective_size(smoothed), "gap": gap, "ok": k_hat <= threshold}
+    found = xr.Dataset({key: ("chain", value) for key, value in numbers.items()})
+    return found.assign(draws=log_weight.shape[-1]).assign_attrs(threshold=threshold)
+
+
 def row_reliability(
     tree: xr.DataTree, *, threshold: float = USABLE_K, block: int = groups.BLOCK
 ) -> xr.Dataset:

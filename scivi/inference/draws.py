@@ -297,9 +297,9 @@ def _weigh_globals(out: Collected, bound: Bound, source: Any, draws: int, given:
         return
     template, some = bound.template, next(iter(bound.example.values.values()))
     plan = marginal.layout(bound, bound.example)
-    if plan.refusal is not None or plan.dims > marginal.GRID_DIMS:
+    if plan.refusal is not None:
         return
-    per_dim = 9 if plan.dims < marginal.GRID_DIMS else 7
+    per_dim = {1: 15, 2: 9}.get(plan.dims, 5)
     n_nodes = marginal.n_nodes(plan.dims, per_dim)
     n = min(draws, WEIGHED_DRAWS, WEIGHED_NODES // (n_nodes * source.sizes[template.row_dims[0]]))
     if n < FEWEST_WEIGHED:

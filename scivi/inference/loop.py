@@ -183,7 +183,7 @@ def _consider(state: State, plan: Plan) -> None:
     if not recent or not before:
         return
     error = sum(_standard_error(part) ** 2 for part in (recent, before)) ** 0.5
-    if _mean(before) - _mean(recent) < rule.tolerance * error:
+    if _mean(before) - _mean(recent) < max(rule.tolerance * error, rule.least):
         state.decay_from, state.decay_steps = state.step, max(1, round(plan.decay * state.step))
 
 

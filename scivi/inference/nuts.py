@@ -1,4 +1,4 @@
-"""``nuts``: the same model under the no-U-turn sampler, as a ``DataTree`` with the groups and dims of ``draw``."""
+"""``nuts``: the same model under the no-U-turn sampler, as a tree with the groups and dims of ``draw``."""
 
 from __future__ import annotations
 
@@ -32,39 +32,30 @@ CPU = torch.device("cpu")
 Start = Callable[[], dict[str, Tensor]]  # a starting value for each latent, anew at each call
 
 
-@dataclass(frozen=True)
+@dataclass
 class Subset:
-    """Some rows of a source, as a source."""
+    """Some rows of a source, as a source; ``fingerprint`` is that of the whole."""
 
     source: Any
     row: str
     places: np.ndarray
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Of every dim; the row dim has as many as were taken."""
-        return {**self.source.sizes, self.row: len(self.places)}
-
-    @property
-    def coords(self) -> dict[str, np.ndarray]:
-        """Labels of the rows that were taken, and of the other dims."""
-        labels = {d: np.asarray(self.source.coords[d]) for d in self.source.sizes}
-        return {**labels, self.row: labels[self.row][self.places]}
-
-    @property
-    def nbytes(self) -> int:
-        """Of all fields."""
-        return self.source.nbytes
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the whole table."""
-        return self.source.fingerprint
+    sizes: Mapping[str, int]
+    coords: Mapping[str, np.ndarray]
+    nbytes: int
+    fingerprint: str
 
     def read(self, index: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Fields by name; ``index`` counts the rows that were taken."""
         places = self.places[np.asarray(index[self.row])] if self.row in index else self.places
         return self.source.read({**index, self.row: places})
+
+
+def evenly(source: Any, row: str, rows: int) -> Subset:
+    """So many rows of a source, evenly spread from the first to the last."""
+    places = np.linspace(0, source.sizes[row] - 1, rows).round().astype(int)
+    coords = {d: np.asarray(source.coords[d]) for d in source.sizes}
+    coords[row] = coords[row][places]
+    return Subset(source, row, places, {**source.sizes, row: rows}, coords, source.nbytes, source.fingerprint)
 
 
 def nuts(
@@ -86,48 +77,46 @@ def nuts(
     Args:
         template: its model and prior are used, its guide is not.
         data: anything ``scivi.fit`` takes.
-        given: a fit of the template. If the model contains learnt networks they are held fixed at those of the fit, and
-            it is required; chains start at draws of its guide. Without it they start uniformly in (-2, 2) on the
-            unbounded scale.
+        given: a fit of the template. Networks that the model contains are held fixed at those of the fit, and
+            it is then required; chains start at draws of its guide. Without it they start uniformly in
+            (-2, 2) on the unbounded scale.
         draws: kept from each chain.
         warmup: draws before them, in which step size and (diagonal) mass matrix adapt.
         chains: run one after the other.
         seed: of everything.
-        rows: take so many rows, evenly spread over the first row dim; None for all. The posterior is then that of these
-            rows alone. Coordinates are kept, so that they can be matched with those of another posterior.
+        rows: take so many rows, evenly spread over the first row dim; None for all. The posterior is then that
+            of these rows alone. Their labels are kept, to be matched with those of another posterior.
         backend: "pyro".
         progress: show a progress bar.
         to: also write the tree there, .nc or .zarr.
 
     Returns:
-        Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats. In sample_stats: ``lp``, log
-        joint density as in ``draw``; ``diverging``; ``acceptance_rate``; ``step_size``; ``n_steps`` (leapfrog steps);
-        ``tree_depth``; ``energy``.
+        Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats. In sample_stats:
+        ``lp``, log joint density as in ``draw``; ``diverging``; ``acceptance_rate``; ``step_size``;
+        ``n_steps`` (leapfrog steps); ``tree_depth``; ``energy``.
 
     Raises:
         DataError: the data do not fit the template.
-        TemplateError: the model contains learnt networks and ``given`` is missing, or is a fit of another template.
+        TemplateError: the model contains networks and ``given`` is missing, or is a fit of another template.
         PlanError: a number is out of range.
         Unsupported: another backend; a discrete latent that cannot be summed.
         FitError: no starting point has a finite density.
 
     Notes:
-        Float64 on the CPU. Each step costs a pass over all rows: a thousand rows with a latent each take minutes.
-        Discrete latents are summed exactly while sampling and drawn given the rest afterwards.
+        Float64 on the CPU. Each leapfrog step costs a pass over all rows, 2 to 3 ms up to a thousand rows: four
+        chains of 1500 draws take minutes, and a hundred thousand rows are out of reach. Discrete latents are
+        summed exactly while sampling, and drawn given the rest afterwards.
 
     References:
-        Hoffman and Gelman 2014, JMLR 15, 1593-1623 (the sampler); Betancourt 2017, arXiv:1701.02434 (its energy).
+        Hoffman and Gelman 2014, JMLR 15, 1593-1623 (the sampler); Betancourt 2017, arXiv:1701.02434 (energy).
     """
-    _check_request(
-        backend,
-        {"draws": draws, "warmup": warmup, "chains": chains} | ({} if rows is None else {"rows": rows}),
-    )
+    _check_request(backend, {"draws": draws, "warmup": warmup, "chains": chains, "rows": rows})
     whole = source = open_data(template, data)
     row = template.row_dims[0]
     if rows is not None and rows < source.sizes[row]:
-        source = Subset(source, row, np.linspace(0, source.sizes[row] - 1, rows).round().astype(int))
+        source = evenly(source, row, rows)
     batch = next(chunks(source, template.fields, template.row_dims, source.sizes[row], CPU, torch.float64))
-    bound, learnt = _pair(template, source, batch, given, seed)
+    bound, learnt = _pair(template, source, given, seed)
     start = None if given is None else _guide_start(given, whole, source, batch)
     values, stats = _sample(bound, batch, start, draws, warmup, chains, seed, progress)
     with seeded(stream_seed(seed, "draws")), torch.no_grad(), quiet():
@@ -139,24 +128,20 @@ def nuts(
     return found
 
 
-def _check_request(backend: str, numbers: Mapping[str, int]) -> None:
+def _check_request(backend: str, numbers: Mapping[str, int | None]) -> None:
     if backend != "pyro":
-        raise Unsupported(
-            f'backend = "{backend}" is not offered; "pyro" is. A faster one, by "nutpie", comes later.'
-        )
+        raise Unsupported(f'backend = "{backend}" is not offered; "pyro" is. "nutpie" comes later.')
     faults = [
         f"{name} = {n!r}; it must be a whole number of at least 1"
         for name, n in numbers.items()
-        if not isinstance(n, int) or n < 1
+        if not (name == "rows" and n is None) and (not isinstance(n, int) or n < 1)
     ]
     if faults:
         raise PlanError(listed("nuts cannot be run so:", faults))
 
 
-def _pair(
-    template: Template, source: Any, batch: Batch, given: Fit | None, seed: int
-) -> tuple[Bound, list[str]]:
-    """The model with its nets held fixed, and the names of those of their parameters on which it depends."""
+def _pair(template: Template, source: Any, given: Fit | None, seed: int) -> tuple[Bound, list[str]]:
+    """The model with its nets held fixed, and the parameters on which it depends."""
     if given is not None and given.template.name != template.name:
         raise TemplateError(f'given is a fit of "{given.template.name}"; this is "{template.name}".')
     example = next(chunks(source, template.fields, template.row_dims, EXAMPLE_ROWS, CPU, torch.float64))
@@ -165,8 +150,8 @@ def _pair(
         learnt = _learnt(bound, example)
     if learnt and given is None:
         raise TemplateError(
-            f'the model of "{template.name}" contains learnt networks ({_few(learnt)}), which NUTS does not sample. '
-            f"Fit the template first and pass given=fit: they are then held fixed at what the fit has learnt."
+            f'the model of "{template.name}" contains learnt networks ({_few(learnt)}), which NUTS '
+            f"does not sample. Fit the template first and pass given=fit: they are then held fixed at those of the fit."
         )
     if given is not None:
         bound = replace(bound, nets=_doubled(given).nets)
@@ -191,7 +176,7 @@ def _learnt(bound: Bound, batch: Batch) -> list[str]:
     with torch.no_grad():
         prior = poutine.trace(bound.model).get_trace(batch)
     model = poutine.trace(poutine.replay(bound.model, trace=prior)).get_trace(batch)
-    total = sum((log_prob(site).sum() for _, site in sample_sites(model)), start=torch.zeros(()))
+    total = torch.stack([log_prob(site).sum().double() for _, site in sample_sites(model)]).sum()
     if not total.requires_grad:
         return []
     slopes = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
@@ -235,7 +220,7 @@ def _guide_start(given: Fit, whole: Any, source: Any, batch: Batch) -> Start:
 
 
 class _Kernel(NUTS):
-    """Pyro's sampler, telling the kinetic energy of each transition's momentum (waits for Pyro > 1.9 to tell it)."""
+    """Pyro's sampler, which also tells the kinetic energy of a transition's momentum (Pyro 1.9 does not)."""
 
     kinetic = 0.0
 
@@ -301,18 +286,15 @@ def _density(
         )
     except ValueError as error:
         if "initial params" in str(error):
-            raise FitError(
-                f'NUTS found no point at which the density of "{name}" is finite, to start from.'
-            ) from None
+            raise FitError(f'NUTS found no point at which the density of "{name}" is finite.') from None
         if "discrete" in str(error):
             left = [s.name for s in bound.sites if s.discrete]
             raise Unsupported(
-                f'NUTS cannot sample "{name}": of the discrete latents {left} one has no finite support to sum over.'
+                f'NUTS cannot sample "{name}": of the discrete latents {left} one has no finite support.'
             ) from None
         raise
-    first = {
-        n: z.double() for n, z in first.items()
-    }  # a model with plain numbers in its distributions starts in float32
+    # A model that has plain numbers in its distributions starts in float32.
+    first = {n: z.double() for n, z in first.items()}
     if start is not None:
         drawn = start()
         moved = {n: transforms[n](drawn[n]).to(z).reshape(z.shape) for n, z in first.items() if n in drawn}
@@ -360,7 +342,7 @@ def _chain(
 
 
 def _rerun(bound: Bound, batch: Batch, values: Mapping[str, Tensor], total: int) -> Collected:
-    """The model on the draws, some at a time: reported sites, log likelihood, log joint density, each (draw, ...)."""
+    """The model on the draws, some at a time: reported sites, log likelihood, log joint, each (draw, ...)."""
     template, out = bound.template, Collected()
     size = max(1, AT_ONCE // max(batch.n_rows(r) for r in template.row_dims))
     joint = []
@@ -369,16 +351,14 @@ def _rerun(bound: Bound, batch: Batch, values: Mapping[str, Tensor], total: int)
         part = {name: v[begin : begin + n] for name, v in values.items()}
         model = _model_at(bound, batch, part, n)
         _gather_sites(out, template, model, batch, n, first=True)
-        density = sum(
-            (by_particle(log_prob(s), bound.nesting) for _, s in sample_sites(model)), start=torch.zeros(1)
-        )
-        joint.append(density.expand(n))
+        density = [by_particle(log_prob(s), bound.nesting).expand(n) for _, s in sample_sites(model)]
+        joint.append(torch.stack([d.double() for d in density]).sum(0))
     out.log_joint = torch.cat(joint)
     return out
 
 
 def _model_at(bound: Bound, batch: Batch, values: Mapping[str, Tensor], n: int) -> poutine.Trace:
-    """The model with each latent's draws (draw, ...) left of all plates; discrete ones that were summed are drawn."""
+    """The model with each latent's draws left of all plates; discrete ones that were summed are drawn."""
     event_dims = {s.name: s.event_dim for s in bound.sites}
     placed = {}
     for name, value in values.items():
@@ -391,7 +371,7 @@ def _model_at(bound: Bound, batch: Batch, values: Mapping[str, Tensor], n: int) 
 
     if any(
         s.discrete for s in bound.sites
-    ):  # the plate of draws inside: what is outside is hidden from this handler
+    ):  # a plate of draws outside of this handler would be hidden from it
         model = infer_discrete(config_enumerate(model, "parallel"), first_available_dim=-2 - bound.nesting)
     return poutine.trace(model).get_trace(batch)
 

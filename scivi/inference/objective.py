@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.infer.enum import config_enumerate
 from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.enum_messenger import EnumMessenger
@@ -174,8 +175,8 @@ def _closed_form(scores: Scores) -> dict[str, Tensor]:
     out = {}
     for name in scores.guide:
         guide, model = scores.pair.guide.nodes[name], scores.pair.model.nodes.get(name)
-        if model is None or model["is_observed"]:
-            continue
+        if model is None or model["is_observed"] or isinstance(guide["fn"], Delta):
+            continue  # pyro's divergence of a Delta leaves out the density that it carries
         try:
             divergence = torch.distributions.kl_divergence(guide["fn"], model["fn"])
         except NotImplementedError:  # torch has no closed form for this pair of families
@@ -207,6 +208,9 @@ def _importance_weighted(bound: Bound, batch: Batch, particles: int, n: int, bet
     local = local_guide_sites(bound, batch)
     if not local:
         raise Unsupported('estimator="iwae" weighs rows, and this guide has no latent per row; use "trace".')
+    rough = sorted(name for name, site in local.items() if not site["fn"].has_rsample)
+    if rough:
+        raise Unsupported(f'estimator="iwae": the guide draws {rough} without a pathwise derivative; use "trace".')
 
     def repeated(name: str, fn: Any) -> Tensor:
         shape = list(fn.batch_shape)

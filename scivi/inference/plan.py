@@ -20,16 +20,18 @@ class Plateau:
     """Stop when the averaged objective no longer improves.
 
     The objective of the last ``window`` steps is compared with that of the ``window`` before; the fit goes on while
-    the improvement exceeds ``tolerance`` standard errors of the difference.
+    the improvement exceeds both ``tolerance`` standard errors of the difference and ``least``.
 
     Args:
         window: steps in each of the two windows.
         tolerance: standard errors (our choice: 2, so that noise alone continues one time in forty).
+        least: nats per row (our choice: a percent of what a reader would call a better fit).
         min_steps: never stop before this many steps.
     """
 
     window: int = 500
     tolerance: float = 2.0
+    least: float = 0.002
     min_steps: int = 1000
 
 
@@ -205,6 +207,6 @@ def _faults_of_choices(plan: Plan) -> list[str]:
         faults.append('estimator = "iwae" needs particles >= 2 (5 to 50 are usual)')
     if plan.stop is not None and not isinstance(plan.stop, Plateau):
         faults.append(f"stop = {plan.stop!r}; it must be a Plateau or None")
-    elif plan.stop is not None and not (plan.stop.window >= 1 and plan.stop.min_steps >= 1 and plan.stop.tolerance >= 0):
-        faults.append(f"stop = {plan.stop}; window and min_steps must be at least 1, tolerance at least 0")
+    elif plan.stop is not None and not (plan.stop.window >= 1 and plan.stop.min_steps >= 1 and plan.stop.tolerance >= 0 and plan.stop.least >= 0):
+        faults.append(f"stop = {plan.stop}; window and min_steps must be at least 1, tolerance and least at least 0")
     return faults

@@ -104,9 +104,9 @@ def test_bound_and_gradient_of_a_wrong_guide_are_those_of_the_closed_form(estima
     truth = conjugate.elbo_of_hierarchy(batch.y, **found)
     slope = torch.cat([g.reshape(-1) for g in torch.autograd.grad(truth, list(found.values()))])
     objective = prepare(bound, batch, plan(estimator=estimator, particles=particles))
-    mean, error = mean_and_error(evaluations(objective, batch, 600))
-    assert abs(mean - truth.detach()) < 4 * error  # 4 Monte Carlo standard errors of 600 evaluations
-    mean, error = mean_and_error(gradients(objective, batch, list(found.values()), 600))
+    mean, error = mean_and_error(evaluations(objective, batch, 300))
+    assert abs(mean - truth.detach()) < 4 * error  # 4 Monte Carlo standard errors of 300 evaluations
+    mean, error = mean_and_error(gradients(objective, batch, list(found.values()), 300))
     assert ((mean - slope).abs() < 4 * error + 1e-12).all()  # 4 standard errors, rounding where there is no noise
 
 
@@ -146,10 +146,10 @@ def test_importance_weighted_bound_of_two_draws_is_that_of_quadrature():
     truth = importance_bound_of_two(batch.y, **found)
     slope = torch.cat([g.reshape(-1) for g in torch.autograd.grad(truth, list(found.values()))])
     objective = prepare(bound, batch, plan(estimator="iwae", particles=2))
-    mean, error = mean_and_error(evaluations(objective, batch, 800))
+    mean, error = mean_and_error(evaluations(objective, batch, 400))
     assert abs(mean - truth.detach()) < 4 * error  # 4 standard errors; 40 nodes leave less than 1e-8
-    mean, error = mean_and_error(gradients(objective, batch, list(found.values()), 800))
-    assert ((mean - slope).abs() < 4 * error).all()  # 4 standard errors of 800 evaluations
+    mean, error = mean_and_error(gradients(objective, batch, list(found.values()), 400))
+    assert ((mean - slope).abs() < 4 * error).all()  # 4 standard errors of 400 evaluations
 
 
 def test_importance_weighted_bound_tightens_with_draws_as_one_over_their_number():
@@ -222,7 +222,7 @@ def test_marginal_gives_globals_the_marginal_and_the_guide_the_divergence_from_e
     objective = prepare(bound, batch, plan(estimator="marginal", nodes=15))
     mean, error = mean_and_error(evaluations(objective, batch, 400))
     assert abs(mean - exact.detach()) < 4 * error  # 4 standard errors; 15 nodes leave 1e-5
-    mean, error = mean_and_error(gradients(objective, batch, list(found.values()), 600))
+    mean, error = mean_and_error(gradients(objective, batch, list(found.values()), 300))
     truth = torch.cat([slope[n].reshape(-1) for n in found])
     assert ((mean - truth).abs() < 4 * error + 1e-4).all()  # 4 standard errors; 15 nodes leave 1e-5 of a nat per row
 
@@ -244,9 +244,9 @@ def test_minibatches_average_to_the_full_objective():
 def test_minibatches_are_unbiased_for_sampled_rows_too(estimator):
     batch = whole(hierarchy(), rows(8))
     objective = prepare(bound_to(hierarchy(OFF), batch), batch, plan(estimator=estimator, particles=4))
-    full, error = mean_and_error(evaluations(objective, batch, 500))
+    full, error = mean_and_error(evaluations(objective, batch, 300))
     halves = [some_rows(batch, [0, 3, 5, 6]), some_rows(batch, [1, 2, 4, 7])]
-    means, errors = zip(*[mean_and_error(evaluations(objective, half, 500)) for half in halves], strict=True)
+    means, errors = zip(*[mean_and_error(evaluations(objective, half, 300)) for half in halves], strict=True)
     spread = (error**2 + (errors[0] ** 2 + errors[1] ** 2) / 4) ** 0.5
     assert abs(sum(means) / 2 - full) < 4 * spread  # 4 standard errors of the difference
 
@@ -335,8 +335,8 @@ def test_score_function_gradient_is_that_of_the_exact_sum(index):
     slope = torch.cat([g.reshape(-1) for g in torch.autograd.grad(truth, parameters)])
     some = batch if index is None else some_rows(batch, index)
     objective = prepare(bound, batch, plan(estimator="trace", particles=20))
-    mean, error = mean_and_error(gradients(objective, some, parameters, 500))
-    assert ((mean - slope).abs() < 4 * error).all()  # 4 standard errors of 500 x 20 draws
+    mean, error = mean_and_error(gradients(objective, some, parameters, 300))
+    assert ((mean - slope).abs() < 4 * error).all()  # 4 standard errors of 300 x 20 draws
     mean, error = mean_and_error(evaluations(objective, some, 300))
     assert abs(mean - truth.detach()) < 4 * error
 
@@ -373,8 +373,8 @@ def test_score_function_gradient_of_a_global_switch_and_the_need_for_a_control_v
     data = dist.Normal(value, 1.0).log_prob(batch.y[:, None]).sum(0)
     (slope,) = torch.autograd.grad((q * (data + prior.log() - q.log())).sum(), logit)
     objective = prepare(bound, batch, plan(estimator="trace", particles=10))
-    mean, error = mean_and_error(gradients(objective, batch, [logit], 600))
-    assert abs(mean - slope) < 4 * error  # 4 standard errors of 600 x 10 draws
+    mean, error = mean_and_error(gradients(objective, batch, [logit], 300))
+    assert abs(mean - slope) < 4 * error  # 4 standard errors of 300 x 10 draws
     with pytest.raises(PlanError, match=r"sites \['on'\] have no pathwise derivative .* use Plan\(particles=2\)"):
         prepare(bound, batch, plan(estimator="trace")).evaluate(batch)
 
@@ -394,7 +394,8 @@ def test_what_cannot_be_estimated_is_refused_with_what_to_do():
     with pytest.raises(Unsupported, match=r'this guide has no latent per row; use "trace"'):
         prepare(bound_to(shared, batch), batch, plan(estimator="iwae", particles=2)).evaluate(batch)
     with pytest.raises(Unsupported, match=r"the guide draws \['which'\] without a pathwise derivative"):
-        prepare(bound_to(responsible, batch), batch, plan(estimator="iwae", particles=2)).evaluate(batch)
+        whole_of = whole(responsible, rows(5))
+        prepare(bound_to(responsible, whole_of), whole_of, plan(estimator="iwae", particles=2)).evaluate(whole_of)
     lazy = replace(hierarchy(), guide=lambda batch, prior, nets: nets.globals(batch))
     with pytest.raises(TemplateError, match=r"the guide has no factor for \['z'\]"):
         prepare(bind(lazy, batch, 0), batch, plan(estimator="trace")).evaluate(batch)
