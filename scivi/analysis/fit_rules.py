@@ -59,7 +59,7 @@ def optimisation(fit: Mapping[str, Any], level: xr.Dataset | None) -> list[Check
 
 
 def importance(
-    tree: xr.DataTree, found: Mapping[str, xr.Dataset], newton: Mapping[str, Any] | None
+    tree: xr.DataTree, found: Mapping[str, xr.Dataset], finish: Mapping[str, Any] | None
 ) -> list[Check]:
     """Importance weights: joint ones where they can tell, else those of rows and of the population.
 
@@ -76,10 +76,12 @@ def importance(
         result += _joint(joint)
     if rows is not None:
         result += _rows(rows)
-    if groups.has(tree, "sample_stats", "global_log_weight"):
+    if finish and finish.get("method") == "importance sampling":
+        result += _sampled(finish)
+    elif groups.has(tree, "sample_stats", "global_log_weight"):
         result += _weighed(weights.population_reliability(tree))
-    elif newton and "steps" in newton:
-        result += _newton(newton, rows)
+    elif finish and finish.get("method") == "newton":
+        result += _newton(finish, rows)
     elif rows is not None and not (joint is not None and joint.attrs["decisive"]):
         result += _population(tree, found.get("compare"))
     return result
@@ -146,26 +148,49 @@ def _rows(rows: xr.Dataset) -> list[Check]:
 
 
 def _weighed(table: xr.Dataset) -> list[Check]:
-    """The population's approximation against the marginal, in which every row is integrated."""
+    """The population's approximation against the marginal, in which every row is integrated.
+
+    A k-hat of up to 0.7 says that the weights can be believed; what they then say of the means decides.
+    """
     k, ess, draws = float(table["k_hat"].max()), float(table["ess"].min()), int(table["draws"])
     numbers = f"k-hat {k:.2f}, effective size {ess:.0f} of {draws}"
-    good = f"The population's approximation is close to its marginal posterior ({numbers})."
-    bad = f"The population's approximation is not close to its marginal posterior ({numbers})."
-    advice = "Run scivi.nuts for the population, or reparametrise it so that its posterior is nearer to normal."
-    return [graded("population k-hat", k, weights.GOOD_K, weights.USABLE_K, good, bad, advice)]
+    if k > weights.USABLE_K:
+        text = f"The population's approximation is not close to its marginal posterior ({numbers})."
+        advice = "Run scivi.nuts for the population, or reparametrise it so that its posterior is nearer to normal."
+        return [Check("population k-hat", k, weights.USABLE_K, False, "decides", text, advice)]
+    shift = np.abs(table["shift_sd"].values)
+    at = int(np.argmax(shift))
+    name, value = str(table["variable"].values[at]), float(shift[at])
+    text = f"Weighing the population by its marginal posterior moves no mean by more than {value:.2f} sd ({name}; {numbers})."
+    bad = f"Weighing the population by its marginal posterior moves the mean of {name} by {value:.2f} sd ({numbers})."
+    advice = "Take the corrected means of analysis.population_reliability, or run scivi.nuts."
+    return [either("population", value, weights.SHIFT_SD, value <= weights.SHIFT_SD, "care", text, bad, advice)]
+
+
+def _sampled(finish: Mapping[str, Any]) -> list[Check]:
+    """A population whose mean and covariance were found by importance sampling on its marginal."""
+    k, ess = float(finish["k_hat"]), float(finish["ess"])
+    text = (
+        f"Mean and spread of the population come from {finish['draws']} weighted draws of its marginal posterior "
+        f"(k-hat {k:.2f}, effective size {ess:.0f}: right to {ess**-0.5:.2f} sd)."
+    )
+    advice = "Run scivi.nuts for the population, or fit for longer."
+    # our choice of size: a hundred effective draws give a mean to a tenth of its sd
+    few = [] if ess >= 100 else [Check("population size", ess, 100, False, "care", text, advice)]
+    return [graded("population k-hat", k, weights.USABLE_K, 1.0, text, text, advice), *few]
 
 
 # our choice: the skewness of a posterior of regular globals falls as 1 / sqrt(rows), to a few hundredths here
 MANY_ROWS = 5000
 
 
-def _newton(newton: Mapping[str, Any], rows: xr.Dataset | None) -> list[Check]:
+def _newton(finish: Mapping[str, Any], rows: xr.Dataset | None) -> list[Check]:
     """A population that was finished by Newton, where weights of the globals were not affordable."""
     n = rows["ok"].size if rows is not None else 0
-    text = f"The population was finished by Newton on its marginal over {n:,} rows (last step {newton['step_sd']:.2g} sd)"
+    text = f"The population was finished by Newton on its marginal over {n:,} rows (last step {finish['step_sd']:.2g} sd)"
     good, bad = f"{text}.", f"{text}; whether its posterior is normal was not checked."
     advice = "Compare with scivi.nuts on a subset, or draw with 50 draws or more from the data of the fit."
-    return [either("population", newton["step_sd"], 0.1, n >= MANY_ROWS, "care", good, bad, advice)]
+    return [either("population", finish["step_sd"], 0.1, n >= MANY_ROWS, "care", good, bad, advice)]
 
 
 def _population(tree: xr.DataTree, compared: xr.Dataset | None) -> list[Check]:

@@ -66,7 +66,7 @@ def checks(tree: xr.DataTree, found: Mapping[str, xr.Dataset]) -> list[Check]:
     method, fit = made.get("method", "svi"), made.get("fit") or {}
     result = fit_rules.finite(tree)
     if method == "svi":
-        result += fit_rules.importance(tree, found, fit.get("newton"))
+        result += fit_rules.importance(tree, found, fit.get("finish"))
         result += fit_rules.optimisation(fit, found.get("plateau"))
         result += fit_rules.agreement(found["restarts"])
     elif method == "nuts":

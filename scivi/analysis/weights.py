@@ -53,11 +53,25 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
     """
     stats = groups.group(tree, "sample_stats", "lp", "log_q")
     log_weight = (stats["lp"].astype(float) - stats["log_q"].astype(float)).transpose(*groups.SAMPLE).values
-    smoothed, k_hat = pareto.smooth(log_weight)
-    weight, rows = np.exp(smoothed), groups.local_rows(tree)
-    decisive = rows <= FEW_ROWS or bool((k_hat <= threshold).all())
-    posterior = groups.group(tree, "posterior")
+    rows = groups.local_rows(tree)
     names = groups.population_names(tree) + (groups.local_names(tree) if rows <= FEW_ROWS else [])
+    found = _judged(tree, log_weight, names, threshold, shift)
+    decisive = rows <= FEW_ROWS or bool((found["k_hat"] <= threshold).all())
+    found["ok"] = found["ok"] & decisive
+    return found.assign_attrs(decisive=int(decisive), local_rows=rows)
+
+
+def _judged(
+    tree: xr.DataTree,
+    log_weight: np.ndarray,
+    names: list[str],
+    threshold: float,
+    shift: float,
+    some: np.ndarray | slice = slice(None),
+) -> xr.Dataset:
+    """k-hat, effective size and gap by chain; by variable, how far the weights move its mean."""
+    smoothed, k_hat = pareto.smooth(log_weight)
+    weight, posterior = np.exp(smoothed), groups.group(tree, "posterior").isel(draw=some)
     columns: dict[str, list[np.ndarray]] = {}
     entries: list[str] = []
     for name in names:
@@ -67,10 +81,8 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
             columns.setdefault(str(key), []).append(array.values.ravel())
     joined = {key: np.concatenate(parts) for key, parts in columns.items()}
     within = np.abs(joined["shift_sd"]) <= np.maximum(shift, 2 * joined["shift_mcse"])
-    joined["ok"] = within & bool(decisive and (k_hat <= threshold).all())
-    result = groups.table(
-        "variable", entries, joined, decisive=int(decisive), local_rows=rows, threshold=threshold
-    )
+    joined["ok"] = within & bool((k_hat <= threshold).all())
+    result = groups.table("variable", entries, joined, threshold=threshold)
     gap = np.asarray(logsumexp(log_weight, axis=-1)) - np.log(log_weight.shape[-1]) - log_weight.mean(-1)
     numbers = {"k_hat": k_hat, "ess": pareto.effective_size(smoothed), "gap": gap}
     return result.assign({key: ("chain", value) for key, value in numbers.items()})
@@ -98,7 +110,9 @@ def _corrected(values: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def population_reliability(tree: xr.DataTree, *, threshold: float = GOOD_K) -> xr.Dataset:
+def population_reliability(
+    tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float = SHIFT_SD
+) -> xr.Dataset:
     """Judge the globals' own approximation by their weights with the rows integrated out.
 
     w = p(x | theta) p(theta) / q(theta), where p(x | theta) integrates the latents of every row.
@@ -106,9 +120,10 @@ def population_reliability(tree: xr.DataTree, *, threshold: float = GOOD_K) -> x
     Args:
         tree: with ``sample_stats/global_log_weight``; draws without one are NaN.
         threshold: largest k-hat to accept.
+        shift: largest |corrected mean - mean| to accept, in posterior sd, beyond two Monte Carlo errors.
 
     Returns:
-        Dim chain: k_hat, ess (of ``draws`` draws), gap (nats, from below), draws, ok.
+        As `reliability` does, for the variables that do not run over rows; ``draws`` counts the weighted ones.
 
     Raises:
         DataError: no such weights were stored (too many rows to integrate at each draw), or fewer than 25.
@@ -117,12 +132,9 @@ def population_reliability(tree: xr.DataTree, *, threshold: float = GOOD_K) -> x
     if "global_log_weight" not in stats:
         raise DataError('"sample_stats" has no "global_log_weight": the rows were not integrated at each draw.')
     every = stats["global_log_weight"].astype(float).transpose(*groups.SAMPLE).values
-    log_weight = every[:, np.isfinite(every).all(0)]
-    smoothed, k_hat = pareto.smooth(log_weight)
-    gap = np.asarray(logsumexp(log_weight, axis=-1)) - np.log(log_weight.shape[-1]) - log_weight.mean(-1)
-    numbers = {"k_hat": k_hat, "ess": pareto.effective_size(smoothed), "gap": gap, "ok": k_hat <= threshold}
-    found = xr.Dataset({key: ("chain", value) for key, value in numbers.items()})
-    return found.assign(draws=log_weight.shape[-1]).assign_attrs(threshold=threshold)
+    some = np.isfinite(every).all(0)
+    found = _judged(tree, every[:, some], groups.population_names(tree), threshold, shift, some)
+    return found.assign(draws=int(some.sum()))
 
 
 def row_reliability(

@@ -29,7 +29,7 @@ from scivi.models.template import Template
 
 AT_ONCE = 2**20  # draws x rows held at once (our choice: a few hundred MB with a dozen sites)
 POOR_SHARE = 0.2  # share of effective draws under which a row's amortised posterior counts as poor (our choice)
-WEIGHED_DRAWS = 200  # draws whose global weight is worked out by integrating all rows
+WEIGHED_DRAWS = 400  # draws whose global weight is worked out by integrating all rows
 FEWEST_WEIGHED = 50  # fewer draws say nothing about the weights' tail
 WEIGHED_NODES = 2**27  # rows x nodes x draws above which it is not (our choice: about a minute)
 

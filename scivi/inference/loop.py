@@ -16,10 +16,11 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from scivi.errors import FitError, PlanError, Unsupported
+from scivi.errors import FitError, PlanError
 from scivi.inference import marginal
 from scivi.inference.objective import Objective, prepare
 from scivi.inference.plan import Plan
+from scivi.inference.polish import polish
 from scivi.inference.recorder import Guarded, JsonLines, Recorder
 from scivi.inference.scores import quiet
 from scivi.inference.state import Fit, State, freeze, load_state, new_state, save_state, versions
@@ -183,7 +184,8 @@ def _consider(state: State, plan: Plan) -> None:
     if not recent or not before:
         return
     error = sum(_standard_error(part) ** 2 for part in (recent, before)) ** 0.5
-    if _mean(before) - _mean(recent) < max(rule.tolerance * error, rule.least):
+    too_noisy = error > 2 * rule.least
+    if not too_noisy and _mean(before) - _mean(recent) < max(rule.tolerance * error, rule.least):
         state.decay_from, state.decay_steps = state.step, max(1, round(plan.decay * state.step))
 
 
@@ -212,7 +214,10 @@ def _go_back(state: State, objective: Objective, plan: Plan, good: tuple[dict[st
 
 
 def _newton_start(state: State, source: Any, plan: Plan) -> None:
-    """Put the globals near the mode for some rows, before the first step; leaves them alone if that fails."""
+    """Put the globals near the mode for some rows, before the first step; leaves them alone if that fails.
+
+    It fails, for one, where an untrained guide puts nodes so badly that the marginal is rough.
+    """
     bound = state.bound
     module = marginal.global_module(bound)
     if module is None:
@@ -223,9 +228,9 @@ def _newton_start(state: State, source: Any, plan: Plan) -> None:
         found = marginal.newton_finish(bound, rows, plan.nodes, fine=False, max_steps=15, tolerance=0.3)
     except torch.linalg.LinAlgError:  # a marginal that is not smooth at the prior's centre is trained from there
         return
-    if bool(torch.isfinite(found.loc).all() and torch.isfinite(found.covariance).all()):
+    if found.step_sd < 0.3 and bool(torch.isfinite(found.loc).all() and torch.isfinite(found.covariance).all()):
         module.set(found.loc, found.covariance)
-        state.newton["start"] = {"steps": found.steps, "step_sd": found.step_sd}
+        state.finish["start"] = {"steps": found.steps, "step_sd": found.step_sd}
 
 
 def _spread_rows(source: Any, bound: Bound, most: int) -> Callable[[int], Iterator[Batch]]:
@@ -334,37 +339,37 @@ def _signals(state: State) -> Iterator[None]:
 
 
 def _finish(state: State, source: Any, plan: Plan) -> None:
-    """The Newton finish, where estimator and guide allow it."""
+    """Finish the globals on the full marginal, where estimator and guide allow it.
+
+    Many rows make their posterior normal: Newton finds its mode and covariance. Of few rows it is skewed, and an
+    evaluation is cheap: adaptive importance sampling finds its mean and covariance.
+    """
     bound = state.bound
-    with _sampling(state):
-        if not plan.newton or prepare(bound, bound.example, plan).estimator != "marginal":
+    with _sampling(state), torch.no_grad():
+        module = marginal.global_module(bound)
+        if not plan.newton or module is None or prepare(bound, bound.example, plan).estimator != "marginal":
             return
-        found = newton_finish_of(bound, source, plan)
-    module = marginal.global_module(bound)
-    if found is None or module is None:
-        return
+    rows, n = _rows_of(bound, source, plan), source.sizes[bound.template.row_dims[0]]
+    with _sampling(state):
+        if n <= START_ROWS:
+            found = polish(bound, rows, plan.nodes, seed=plan.seed)
+            told: dict[str, Any] = {"method": "importance sampling", "draws": found.draws}
+            told |= {"ess": found.ess, "k_hat": found.k_hat}
+        else:
+            found = marginal.newton_finish(bound, rows, plan.nodes)
+            told = {"method": "newton", "steps": found.steps, "step_sd": found.step_sd, "nodes": found.nodes}
+            told |= {"node_error_sd": found.node_error_sd, "log_evidence": found.log_evidence}
     moved = (found.loc - module.loc.detach()) / found.covariance.diagonal().sqrt()
     module.set(found.loc, found.covariance)
-    state.newton |= {
-        "steps": found.steps,
-        "step_sd": found.step_sd,
-        "nodes": found.nodes,
-        "node_error_sd": found.node_error_sd,
-        "moved_sd": float(moved.abs().max()),
-        "log_evidence": found.log_evidence,
-    }
+    state.finish |= {**told, "moved_sd": float(moved.abs().max())}
 
 
-def newton_finish_of(bound: Bound, source: Any, plan: Plan) -> marginal.Newton | None:
-    """The Newton finish over all rows of a source; None if the globals are in no joint normal."""
+def _rows_of(bound: Bound, source: Any, plan: Plan) -> marginal.Rows:
+    """Passes over all rows, and over as many as curvature and fine nodes are worth."""
     n = source.sizes[bound.template.row_dims[0]]
     dims = marginal.layout(bound, bound.example).dims
     some = min(n, FINISH_ROWS, max(1, MOST_FINE_NODES // marginal.n_nodes(dims, 2 * plan.nodes + 1)))
-    rows = marginal.Rows(_spread_rows(source, bound, n), _spread_rows(source, bound, some), n / some)
-    try:
-        return marginal.newton_finish(bound, rows, plan.nodes)
-    except Unsupported:
-        return None
+    return marginal.Rows(_spread_rows(source, bound, n), _spread_rows(source, bound, some), n / some)
 
 
 def _identity(template: Template, source: Any, plan: Plan) -> dict[str, Any]:
@@ -385,7 +390,7 @@ def _frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) 
         "steps": state.step,
         "wall_s": round(state.wall_s, 3),
         "restarts": state.restarts,
-        "newton": state.newton or None,
+        "finish": state.finish,
         "estimator": prepare(state.bound, state.bound.example, plan).estimator,
     }
     provenance = {**identity, "plan": plan.to_dict(), "seed": plan.seed, "device": plan.device, "versions": versions(), "fit": ended}

@@ -34,6 +34,7 @@ from scivi.models.sites import plates_of, row_dim_of, sample_sites
 
 GRID_DIMS = 3  # above it a grid of nodes costs more than random ones (our choice: 7**3 = 343 nodes)
 RANDOM_NODES = 128
+_FARTHEST = 2.0  # on the unbounded scale, where 1 is a factor of e for a positive global: a step's reach (our choice)
 _STALE = 0.3  # posterior sd; after a longer step the curvature is worked out anew (our choice)
 MOST_DIMS = 16  # above it a few hundred weighted nodes say too little about the marginal (our choice)
 
@@ -144,7 +145,7 @@ def training_nodes(dims: int, per_dim: int) -> int:
 
 def n_nodes(dims: int, per_dim: int) -> int:
     """How many nodes the full marginal takes."""
-    return per_dim**dims if dims <= GRID_DIMS else 4 * RANDOM_NODES
+    return per_dim**dims if dims <= GRID_DIMS else 2 * RANDOM_NODES
 
 
 class _ShownDetached(Messenger):
@@ -309,7 +310,7 @@ def log_marginal(
         per_dim: Gauss-Hermite nodes per local dimension.
         seed: of the nodes where they are random.
     """
-    points, log_w = nodes(plan.dims, per_dim, theta, n_random=4 * RANDOM_NODES, seed=seed)
+    points, log_w = nodes(plan.dims, per_dim, theta, n_random=2 * RANDOM_NODES, seed=seed)
     with torch.no_grad():
         guide, density = run_guide(bound, batch, plan, points, fixed={module.name: theta})
     model = run_model(bound, batch, {**latent_values(guide), **latent_values(_population(module, theta, batch))})
@@ -402,8 +403,8 @@ def newton_finish(
         step_sd = float((step / sd).abs().max())
         if step_sd < tolerance:  # a step this small is taken below, with the fine nodes'
             break
-        length = 1.0
-        while (ahead := posterior(theta + length * step))[0] < value - _rounding(value, module.loc) and length > 1e-3:
+        length, enough = min(1.0, float(_FARTHEST / step.abs().max())), value - _rounding(value, module.loc)
+        while not (ahead := posterior(theta + length * step))[0] >= enough and length > 1e-4:  # NaN is not enough
             length *= 0.5
         theta, (value, slope), taken = theta + length * step, ahead, taken + 1
         if step_sd > _STALE:

@@ -37,7 +37,7 @@ from scivi.inference.scores import (
     score,
 )
 from scivi.inputs.batches import Batch
-from scivi.models.binding import Bound
+from scivi.models.binding import Bound, seeded
 from scivi.models.sites import is_subsample, plates_of
 
 
@@ -109,15 +109,15 @@ def prepare(bound: Bound, batch: Batch, plan: Plan) -> Objective:
     """
     if plan.estimator not in ("auto", "marginal"):
         return Objective(bound, plan, plan.estimator, marginal.Layout())
-    found = marginal.layout(bound, batch)
+    some = next(iter(batch.values.values()))
+    with seeded(0, some.device), torch.no_grad():  # a look at the guide: it leaves the random stream as it was
+        found = marginal.layout(bound, batch)
+        given = poutine.trace(bound.guide).get_trace(batch).nodes.keys()
     if found.refusal is None:
         return Objective(bound, plan, "marginal", found)
     if plan.estimator == "marginal":
         raise Unsupported(f'estimator="marginal" cannot be used: {found.refusal}. Use "trace" or "iwae".')
-    discrete = {s.name for s in bound.sites if s.discrete}
-    if discrete:
-        with torch.no_grad():
-            discrete -= poutine.trace(bound.guide).get_trace(batch).nodes.keys()
+    discrete = {s.name for s in bound.sites if s.discrete} - given
     return Objective(bound, plan, "enumerate" if discrete else "trace", found)
 
 
@@ -215,7 +215,7 @@ def _importance_weighted(bound: Bound, batch: Batch, particles: int, n: int, bet
     def repeated(name: str, fn: Any) -> Tensor:
         shape = list(fn.batch_shape)
         shape = [1] * (bound.nesting + 1 - len(shape)) + shape
-        return fn.expand([particles, *shape[1:]]).rsample()
+        return fn.expand([particles, *shape[1:]])()
 
     pair = run_pair(bound, batch, place=dict.fromkeys(local, repeated))
     scores = score(bound, pair)

@@ -20,7 +20,8 @@ class Plateau:
     """Stop when the averaged objective no longer improves.
 
     The objective of the last ``window`` steps is compared with that of the ``window`` before; the fit goes on while
-    the improvement exceeds both ``tolerance`` standard errors of the difference and ``least``.
+    the improvement exceeds both ``tolerance`` standard errors of the difference and ``least``, or while that error is
+    more than twice ``least``, so that nothing can be told.
 
     Args:
         window: steps in each of the two windows.
@@ -29,10 +30,10 @@ class Plateau:
         min_steps: never stop before this many steps.
     """
 
-    window: int = 500
+    window: int = 300
     tolerance: float = 2.0
-    least: float = 0.002
-    min_steps: int = 1000
+    least: float = 0.005
+    min_steps: int = 600
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class State:
         restarts: what happened at each divergence.
         decay_from, decay_steps: the final fall of the learning rate, once the stop rule has begun it.
         wall_s: seconds spent, over all runs.
-        newton: what the Newton start and finish found.
+        finish: what the start and the finish of the globals found.
         stopped: why the fit ended; empty while it runs.
     """
 
@@ -63,10 +63,10 @@ class State:
     decay_from: int | None = None
     decay_steps: int | None = None
     wall_s: float = 0.0
-    newton: dict[str, Any] = field(default_factory=dict)
+    finish: dict[str, Any] = field(default_factory=dict)
     stopped: str = ""
 
-    _PLAIN = ("step", "history", "lr_factor", "restarts", "decay_from", "decay_steps", "wall_s", "newton", "stopped")
+    _PLAIN = ("step", "history", "lr_factor", "restarts", "decay_from", "decay_steps", "wall_s", "finish", "stopped")
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All of it as named tensors (copies) and plain values."""
@@ -134,11 +134,10 @@ class Fit:
         return self.bound.example.sizes
 
     def __repr__(self) -> str:
-        ended = self.provenance["fit"]
-        return (
-            f'Fit of "{self.template.name}" to {dict(self.sizes)}: {ended["steps"]} steps, stopped by {ended["stopped"]}, '
-            f"objective {float(self.history.objective[-1]):.6g} nats per row"
-        )
+        ended, objective = self.provenance["fit"], self.history.get("objective", ())
+        value = f", objective {float(objective[-1]):.6g} nats per row" if len(objective) else ""
+        steps = f'{ended["steps"]} steps, stopped by {ended["stopped"]}'
+        return f'Fit of "{self.template.name}" to {dict(self.sizes)}: {steps}{value}'
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -196,6 +195,8 @@ def load_state(state: State, path: str | Path, identity: Mapping[str, Any]) -> N
             listed(f'"{path}" belongs to another fit; resume with what it was begun with, or remove it:', different)
         )
     state.unpack(tensors, json.loads(header["plain"]))
+    if state.stopped == "signal":  # it was asked to stop, and is now asked to go on
+        state.stopped = ""
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -213,8 +214,8 @@ def reference_of(template: Template) -> str | None:
     for name, module in sorted(sys.modules.items()):
         if name == "__main__" or not getattr(module, "__file__", None):
             continue
-        for attribute, value in vars(module).items():
-            if isinstance(value, Template) and replace(value, prior=template.prior) == template:
+        for attribute, value in list(vars(module).items()):
+            if type(value) is Template and replace(value, prior=template.prior) == template:
                 return f"{name}:{attribute}"
     return None
 

@@ -92,17 +92,16 @@ def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitE
         tensors, plain = state.pack()
         random = torch.get_rng_state()
         cursor = state.feed.state()
-        value = update(state, objective, plan)
-        bad_gradient = _bad_gradient(objective.bound)
-        if bool(torch.isfinite(value.loss)) and bad_gradient is None:
+        update(state, objective, plan)
+        if is_finite(state.window):
             continue
-        step = state.step - 1
+        step, gradient = state.step - 1, _bad_gradient(objective.bound)
         state.unpack(tensors, plain)
         batch = state.feed.next()
         state.feed.restore(cursor)
         torch.set_rng_state(random)
         site, rows = _bad_site(objective.bound, batch)
-        what = f'the log density of site "{site}" is not finite' if site else f"the gradient of {bad_gradient} is not finite"
+        what = f'the log density of site "{site}" is not finite' if site else f"the gradient of {gradient} is not finite"
         where = f" in rows {list(rows[:5])}{' ...' if len(rows) > 5 else ''}" if rows else ""
         return FitError(
             f"the fit diverged at step {step}: {what}{where}. Lower the learning rate (now {plan.lr:g}), look at those "
@@ -114,11 +113,11 @@ def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitE
     return FitError(f"the fit diverged near step {state.step}, but not when the steps were taken again.", step=state.step)
 
 
-def _bad_gradient(bound: Bound) -> str | None:
+def _bad_gradient(bound: Bound) -> str:
     for name, parameter in bound.nets.named_parameters():
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
             return f'parameter "{name}"'
-    return None
+    return "all parameters together"  # each is finite, and their norm is not
 
 
 def _bad_site(bound: Bound, batch: Batch) -> tuple[str | None, tuple[int, ...]]:

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import Independent
 from torch import Tensor
 
-from scivi.errors import PlanError
+from scivi.errors import PlanError, TemplateError
 from scivi.inputs.fields import Field
 
 _FULL_LIMIT = 100_000  # rows: above it a full-batch step is a mistake more often than a wish (our choice)
@@ -66,8 +67,17 @@ class Batch:
         Args:
             name: the dim.
             dim: its place, counted from the right (-1, -2, ...); None for the next free one.
+
+        Raises:
+            TemplateError: no field has the dim, and the template's ``sizes`` does not list it.
         """
-        return pyro.plate(name, self.sizes[name], subsample=self.index.get(name, _all_of(self, name)), dim=dim)
+        if name not in self.sizes:
+            raise TemplateError(
+                f'there is no dim "{name}" to make a plate of; the data have {sorted(self.sizes)}. '
+                f'Give its size in Template(sizes={{"{name}": ...}}).'
+            )
+        with poutine.block(hide=[name]):  # a plate's own site stays out of traces, so that it can be entered again
+            return pyro.plate(name, self.sizes[name], subsample=self.index.get(name, _all_of(self, name)), dim=dim)
 
     def observe(self, name: str, distribution: Any) -> Tensor:
         """A sample site given the data: missing entries are masked out, and it is free when predicting.
@@ -167,9 +177,11 @@ class Order:
     def group(self, epoch: int, group: int) -> np.ndarray:
         """Rows of one group, shuffled."""
         if self._cache is None or self._cache[:2] != (epoch, group):
-            blocks = np.random.default_rng([self.seed, epoch]).permutation(-(-self.n // self.block))
+            rng = np.random.default_rng([self.seed, epoch])
+            blocks, first = rng.permutation(-(-self.n // self.block)), rng.integers(self.n)
             chosen = blocks[group * self.blocks : (group + 1) * self.blocks]
             rows = np.concatenate([np.arange(b * self.block, min(self.n, (b + 1) * self.block)) for b in chosen])
+            rows = (rows + first) % self.n  # each row has the same chance of standing in the short last block
             rows = np.random.default_rng([self.seed, epoch, group]).permutation(rows)
             self._cache = (epoch, group, rows)
         return self._cache[2]

@@ -405,7 +405,7 @@ def solve_spd(matrix: Tensor, vector: Tensor) -> Tensor:
         a, b, c = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 1, 1]
         x, y = vector.unbind(-1)
         return torch.stack([c * x - b * y, a * y - b * x], -1) / (a * c - b * b).unsqueeze(-1)
-    return torch.cholesky_solve(vector.unsqueeze(-1), torch.linalg.cholesky(matrix)).squeeze(-1)
+    return torch.cholesky_solve(vector.unsqueeze(-1), _cholesky(matrix)).squeeze(-1)
 
 
 def inverse_tril(precision: Tensor) -> Tensor:
@@ -417,9 +417,17 @@ def inverse_tril(precision: Tensor) -> Tensor:
         first = (c / (a * c - b * b)).sqrt()
         lower = torch.stack([-b / c * first, c.rsqrt()], -1)
         return torch.stack([torch.stack([first, torch.zeros_like(first)], -1), lower], -2)
-    flipped = torch.linalg.cholesky(precision.flip((-2, -1))).flip((-2, -1)).mT
+    flipped = _cholesky(precision.flip((-2, -1))).flip((-2, -1)).mT
     eye = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
     return torch.linalg.solve_triangular(flipped, eye.expand_as(precision), upper=False)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Cholesky factor; the diagonal alone where rounding has made a matrix indefinite, so that a guide never fails."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    ridge = 10 * torch.finfo(matrix.dtype).eps
+    tril, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed(ridge * diagonal))
+    return torch.where((info == 0)[..., None, None], tril, torch.diag_embed(diagonal.sqrt()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def make_tree(
     scale: float = 1.0,
     shift: float = 0.0,
     global_shift: float = 0.0,
-    newton: dict[str, float] | None = None,
+    finish: dict[str, Any] | None = None,
     method: str = "svi",
     seed: int = 0,
     extra: bool = True,
@@ -83,7 +83,7 @@ def make_tree(
         )
         groups["posterior_predictive"] = xr.Dataset({"x": (row, rng.normal(z, s), unit)}, coords=coords)
         groups["history"] = make_history(seed=seed)
-    fit = {"stopped": "plateau", "steps": 4000, "wall_s": 12.5, "restarts": [], "newton": newton}
+    fit = {"stopped": "plateau", "steps": 4000, "wall_s": 12.5, "restarts": [], "finish": finish}
     provenance = {
         "scivi": "0.1.0", "template": "conjugate catalogue", "method": method, "seed": seed, "device": "cpu",
         "created": "2026-01-01T00:00:00", "prior": {"mu_sd": PRIOR_SD, "tau": TAU}, "plan": {"steps": 4000},

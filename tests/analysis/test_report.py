@@ -12,7 +12,7 @@ from scipy.stats import cauchy, norm
 
 from scivi.analysis import report
 
-NEWTON = {"gradient_norm_sd": 0.002, "steps": 3, "k_hat": 0.2, "ess": 930.0}
+FINISH = {"method": "importance sampling", "draws": 768, "k_hat": 0.2, "ess": 430.0}
 
 
 def why(found: xr.Dataset) -> str:
@@ -31,9 +31,9 @@ def test_exact_guide_is_trusted_and_says_why(catalogue):
     assert set(found.data_vars) == {"value", "threshold", "ok", "counts", "sentence", "advice"}
 
 
-@pytest.mark.parametrize(("rows", "newton"), [(8, None), (600, NEWTON)])
-def test_narrow_guide_is_not_trusted(catalogue, rows, newton):
-    found = report(catalogue(rows=rows, scale=0.4, newton=newton))
+@pytest.mark.parametrize(("rows", "finish"), [(8, None), (600, FINISH)])
+def test_narrow_guide_is_not_trusted(catalogue, rows, finish):
+    found = report(catalogue(rows=rows, scale=0.4, finish=finish))
     assert found.attrs["verdict"] == "do not trust"
     assert ("k-hat" if rows == 8 else "rows with poor weights") in failed(found)
     assert "richer guide" in found.attrs["advice"]
@@ -49,20 +49,20 @@ def test_many_good_rows_need_a_check_of_the_population(catalogue):
     assert found.attrs["verdict"] == "trust with care"
     assert failed(found) == {"population"}
     assert "Nothing vouches for the population variables (mu)" in why(found)
-    assert report(catalogue(rows=600, scale=0.85, newton=NEWTON)).attrs["verdict"] == "trust"
+    assert report(catalogue(rows=600, scale=0.85, finish=FINISH)).attrs["verdict"] == "trust"
 
 
 @pytest.mark.parametrize(
     ("change", "verdict", "check"),
     [
-        ({"k_hat": 0.6}, "trust with care", "population k-hat"),
-        ({"k_hat": 0.9}, "do not trust", "population k-hat"),
-        ({"gradient_norm_sd": 0.5}, "trust with care", "population gradient"),
-        ({"k_hat": None}, "trust with care", "population k-hat"),
+        ({"k_hat": 0.8}, "trust with care", "population k-hat"),
+        ({"k_hat": 1.1}, "do not trust", "population k-hat"),
+        ({"ess": 60.0}, "trust with care", "population size"),
+        ({"method": "finish", "step_sd": 0.01}, "trust with care", "population"),
     ],
 )
-def test_the_stored_error_of_the_newton_finish_counts(catalogue, change, verdict, check):
-    found = report(catalogue(rows=600, scale=0.85, newton=NEWTON | change))
+def test_how_the_population_was_finished_counts(catalogue, change, verdict, check):
+    found = report(catalogue(rows=600, scale=0.85, finish=FINISH | change))
     assert found.attrs["verdict"] == verdict
     assert failed(found) == {check}
 

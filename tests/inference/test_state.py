@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+
+from scivi.errors import CheckpointError, TemplateError
+from scivi.inference.draws import draw
+from scivi.inference.loop import fit
+from scivi.inference.state import Fit, import_template, load, reference_of, save, write_atomically
+from scivi.inputs.fields import Field
+from scivi.models.template import Template
+from tests.inference.conjugate import hierarchy, plan, rows, shared
+
+HERE = "tests.inference.test_state"
+
+
+@dataclass(frozen=True)
+class Prior:
+    width: float = 2.0
+    edges: tuple[float, ...] = (0.0, 1.0)
+
+
+def model(batch, prior, nets):
+    mu = pyro.sample("mu", dist.Normal(batch.y.new_tensor(prior.edges[0]), prior.width))
+    with batch.plate("row"):
+        batch.observe("y", dist.Normal(mu, batch.sd))
+
+
+FIELDS = {"y": Field(("row",), "observed"), "sd": Field(("row",))}
+importable = Template(name="importable", fields=FIELDS, rows="row", model=model, dims={"mu": ()}, prior=Prior())
+own = Template(name="own", fields=FIELDS, rows="row", model=lambda b, p, n: model(b, p, n), dims={"mu": ()}, prior=Prior())
+DATA = {**rows(6), "sd": np.linspace(0.5, 1.0, 6)}
+QUICK = plan(steps=20, log_every=10, estimator="trace")
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Fit:
+    other_prior = replace(importable, prior=Prior(width=0.3, edges=(-1.0, 4.0)))
+    return fit(other_prior, DATA, QUICK, progress=False)
+
+
+def without_time(tree: xr.DataTree) -> dict:
+    return {**json.loads(tree.attrs["provenance"]), "created": ""}
+
+
+def test_a_saved_fit_is_loaded_as_it_was(fitted, tmp_path):
+    folder = save(fitted, tmp_path / "fit")
+    again = load(folder)
+    assert again.template == fitted.template  # with the prior that it was fitted under
+    assert again.plan == fitted.plan
+    assert again.provenance == json.loads(json.dumps(fitted.provenance))
+    xr.testing.assert_identical(again.history, fitted.history)
+    for name, value in fitted.nets.state_dict().items():
+        assert torch.equal(value, again.nets.state_dict()[name])
+    assert not any(p.requires_grad for p in again.nets.parameters())
+    before, after = (draw(f, DATA, 20, seed=3) for f in (fitted, again))
+    assert without_time(before) == without_time(after)
+    for group in before.groups[1:]:
+        xr.testing.assert_equal(before[group].to_dataset(), after[group].to_dataset())
+
+
+def test_an_amortised_fit_is_loaded_without_its_data(tmp_path):
+    template = hierarchy()
+    fitted = fit(template, rows(100), replace(QUICK, rows_per_batch=8), progress=False)
+    again = load(save(fitted, tmp_path), template)
+    assert again.sizes == {"row": 100}
+    one, other = (draw(f, rows(5, seed=8), 10, seed=1).posterior.z for f in (fitted, again))
+    xr.testing.assert_identical(one, other)
+
+
+def test_a_notebooks_own_template_is_passed_in(tmp_path, monkeypatch):
+    monkeypatch.delitem(globals(), "own")
+    mine = replace(importable, name="own", model=lambda b, p, n: model(b, p, n))
+    fitted = fit(mine, DATA, QUICK, progress=False)
+    save(fitted, tmp_path)
+    assert json.loads((tmp_path / "fit.json").read_text())["reference"] is None
+    with pytest.raises(CheckpointError, match=r'"own" was not importable when .* was saved; pass it: load\(directory, template\)'):
+        load(tmp_path)
+    assert load(tmp_path, mine).template == mine
+
+
+def test_references_of_templates():
+    assert reference_of(replace(importable, prior=Prior(width=9.0))) == f"{HERE}:importable"
+    assert import_template(f"{HERE}:importable") is importable
+    with pytest.raises(TemplateError, match=r'has no template "nothing"; it has .*importable'):
+        import_template(f"{HERE}:nothing")
+    with pytest.raises(TemplateError, match='"nowhere" is not of the form module:name'):
+        import_template("nowhere")
+    with pytest.raises(TemplateError, match=r'there is no module "no.where"'):
+        import_template("no.where:template")
+
+
+def test_saving_again_leaves_one_set_of_tensors(fitted, tmp_path):
+    save(fitted, tmp_path)
+    changed = fit(fitted.template, DATA, replace(QUICK, seed=5), progress=False)
+    save(changed, tmp_path)
+    assert len(list(tmp_path.glob("tensors-*.safetensors"))) == 1
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".nc", ".safetensors"]
+    assert load(tmp_path).plan.seed == 5
+
+
+def test_nothing_and_damage_are_told_apart(fitted, tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no fit in .*: it has no fit.json"):
+        load(tmp_path)
+    save(fitted, tmp_path)
+    tensors = next(tmp_path.glob("tensors-*"))
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        load(tmp_path)
+    tensors.unlink()
+    with pytest.raises(CheckpointError, match=r'there is no file ".*tensors-'):
+        load(tmp_path)
+    meta = tmp_path / "fit.json"
+    meta.write_text(meta.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(CheckpointError, match="has format 99; this version reads 1"):
+        load(tmp_path)
+    meta.write_text(meta.read_text()[:100])
+    with pytest.raises(CheckpointError, match=r'fit.json" is damaged'):
+        load(tmp_path)
+
+
+def test_a_template_that_has_changed_since_is_refused(fitted, tmp_path):
+    def wider(batch, prior, nets):
+        model(batch, prior, nets)
+        pyro.sample("more", dist.Normal(0.0, 1.0))
+
+    save(fitted, tmp_path)
+    with pytest.raises(CheckpointError, match='does not fit template "importable" as it is now'):
+        load(tmp_path, replace(importable, model=wider))
+
+
+def test_a_file_is_put_in_place_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+
+    with pytest.raises(TypeError):
+        write_atomically(path, [b"not", b"bytes"])  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_fit_says_what_it_is(fitted):
+    assert repr(fitted).startswith('Fit of "importable" to {\'row\': 6}: 20 steps, stopped by steps, objective')
+    ended = fitted.provenance["fit"]
+    assert (ended["steps"], ended["restarts"], ended["newton"], ended["estimator"]) == (20, [], None, "trace")
+    assert fitted.provenance["prior"] == {"width": 0.3, "edges": (-1.0, 4.0)}
+    assert fitted.provenance["data"]["sizes"] == {"row": 6}
+
+
+def test_a_template_with_nothing_to_learn_is_refused():
+    still = replace(shared, guide=lambda b, p, n: pyro.sample("mu", dist.Normal(0.0, 1.0)), nets=None)
+    with pytest.raises(TemplateError, match="neither model nor guide has anything to learn"):
+        fit(still, rows(5), QUICK, progress=False)
