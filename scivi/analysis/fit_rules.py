@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from scivi.analysis import groups, weights
+from scivi.analysis import groups, pareto, weights
 from scivi.analysis.check import RICHER, Check, either, graded, note, worst
 
 LEVEL = {
@@ -169,7 +169,8 @@ def _weighed(table: xr.Dataset) -> list[Check]:
 
 def _sampled(finish: Mapping[str, Any]) -> list[Check]:
     """A population whose mean and covariance were found by importance sampling on its marginal."""
-    k, ess = float(finish["k_hat"]), float(finish["ess"])
+    smoothed, k_hat = pareto.smooth(np.asarray(finish["log_weight"], dtype=float)[None])
+    k, ess = float(k_hat[0]), float(pareto.effective_size(smoothed)[0])
     text = (
         f"Mean and spread of the population come from {finish['draws']} weighted draws of its marginal posterior "
         f"(k-hat {k:.2f}, effective size {ess:.0f}: right to {ess**-0.5:.2f} sd)."

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scivi.errors import TemplateError, Unsupported
 from scivi.inference import marginal
+from scivi.inference.discrete import complete, left_out
 from scivi.inference.loop import open_data
 from scivi.inference.refine import Refined, refine_rows
 from scivi.inference.scores import Placed, by_particle, by_row, log_prob, particle_plate, quiet, row_scale
@@ -126,7 +127,8 @@ def _chain(fit: Fit, source: Any, draws: int, seed: int, refine: bool, predictiv
         for batch in chunks(source, bound.template.fields, bound.template.row_dims, size, some.device, some.dtype):
             given = _globals(bound, draws) if given is None else given
             _collect(out, fit, batch, draws, given, refine, predictive, first=not out.rows)
-        if source.fingerprint == fit.provenance["data"]["fingerprint"]:
+        finished = fit.provenance["fit"]["finish"].get("method")
+        if finished != "importance sampling" and source.fingerprint == fit.provenance["data"]["fingerprint"]:
             _weigh_globals(out, bound, source, draws, given or {})
     return out
 
@@ -146,19 +148,23 @@ def _collect(
     with particle_plate(draws, bound.nesting):
         with Placed(given, lambda name, _: given[name]):
             guide = poutine.trace(bound.guide).get_trace(batch)
-        model = _run_model(bound, batch, guide)
+    guide, model = _run_model(bound, batch, guide, draws)
     weight = _row_weight(bound, guide, model, batch, draws)
     outside = _outside(fit, batch)
     poor = outside.copy()
     if weight is not None:
         poor |= _effective_share(weight) < POOR_SHARE
-    refined = None
+    refined, lost = None, torch.zeros(())
     if refine and weight is not None and poor.any():
         refined = refine_rows(bound, batch, given, torch.as_tensor(np.flatnonzero(poor)), draws)
     if refined is not None:
-        guide, model, weight = _replaced(bound, batch, guide, model, weight, refined, draws)
+        guide, model = _replaced(bound, batch, guide, refined, draws)
+        by_guide = _row_weight(bound, guide, model, batch, draws)
+        weight = by_guide.index_copy(1, refined.rows, refined.log_weight)
+        lost = (by_guide - weight).sum(1)
     _gather_sites(out, fit.template, model, batch, draws, first)
     _gather_densities(out, bound, guide, model, batch, first)
+    out.log_guide = out.log_guide + lost
     if predictive:
         with particle_plate(draws, bound.nesting):
             values = {n: s["value"] for n, s in sample_sites(model) if not s["is_observed"]}
@@ -178,15 +184,12 @@ def _collect(
         out.rows.setdefault(name, []).append(values)
 
 
-def _run_model(bound: Bound, batch: Batch, guide: poutine.Trace) -> poutine.Trace:
-    """The model on the guide's values; discrete latents that the guide leaves out are drawn given the data."""
-    replayed = poutine.replay(bound.model, trace=guide)
-    left_out = [s.name for s in bound.sites if s.discrete and s.name not in guide.nodes]
-    if left_out:
-        from pyro.infer import config_enumerate, infer_discrete
-
-        replayed = infer_discrete(config_enumerate(replayed, "parallel"), first_available_dim=-2 - bound.nesting)
-    return poutine.trace(replayed).get_trace(batch)
+def _run_model(bound: Bound, batch: Batch, guide: poutine.Trace, draws: int) -> tuple[poutine.Trace, poutine.Trace]:
+    """Guide and model on the guide's values; discrete latents that the guide leaves out are drawn given the data."""
+    if left_out(bound, guide):
+        return complete(bound, batch, guide, draws)
+    with particle_plate(draws, bound.nesting):
+        return guide, poutine.trace(poutine.replay(bound.model, trace=guide)).get_trace(batch)
 
 
 def _shape(template: Template, dims: Sequence[str], batch: Batch) -> list[int]:
@@ -273,21 +276,17 @@ def _outside(fit: Fit, batch: Batch) -> np.ndarray:
 
 
 def _replaced(
-    bound: Bound, batch: Batch, guide: poutine.Trace, model: poutine.Trace, weight: Tensor, refined: Refined, draws: int
-) -> tuple[poutine.Trace, poutine.Trace, Tensor]:
-    """The traces with the refined rows' values in place; the guide's density of those rows is the refined one's."""
+    bound: Bound, batch: Batch, guide: poutine.Trace, refined: Refined, draws: int
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """The traces with the refined rows' values in place, under the guide's own density."""
     values = {n: s["value"].clone() for n, s in sample_sites(guide)}
     for name, value in refined.values.items():
         axis = refined.axes[name]
         values[name] = values[name].expand(draws, *values[name].shape[1:]).clone()
         values[name].index_copy_(values[name].dim() + axis, refined.rows, value)
-    with particle_plate(draws, bound.nesting):
-        with Placed(values, lambda name, _: values[name]):
-            guide = poutine.trace(bound.guide).get_trace(batch)
-        model = _run_model(bound, batch, guide)
-    weight = weight.clone()
-    weight[:, refined.rows] = refined.log_weight
-    return guide, model, weight
+    with particle_plate(draws, bound.nesting), Placed(values, lambda name, _: values[name]):
+        guide = poutine.trace(bound.guide).get_trace(batch)
+    return _run_model(bound, batch, guide, draws)
 
 
 def _weigh_globals(out: Collected, bound: Bound, source: Any, draws: int, given: Mapping[str, Tensor]) -> None:

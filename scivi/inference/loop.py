@@ -352,9 +352,9 @@ def _finish(state: State, source: Any, plan: Plan) -> None:
     rows, n = _rows_of(bound, source, plan), source.sizes[bound.template.row_dims[0]]
     with _sampling(state):
         if n <= START_ROWS:
-            found = polish(bound, rows, plan.nodes, seed=plan.seed)
+            found = polish(bound, rows, plan.nodes)
             told: dict[str, Any] = {"method": "importance sampling", "draws": found.draws}
-            told |= {"ess": found.ess, "k_hat": found.k_hat}
+            told |= {"ess": found.ess, "log_weight": list(found.log_weight)}
         else:
             found = marginal.newton_finish(bound, rows, plan.nodes)
             told = {"method": "newton", "steps": found.steps, "step_sd": found.step_sd, "nodes": found.nodes}

@@ -10,7 +10,6 @@ all rows of a batch, so its bound loosens as the batch grows. Here each row has 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +17,12 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.infer.enum import config_enumerate
-from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from scivi.errors import PlanError, Unsupported
 from scivi.inference import marginal
+from scivi.inference.discrete import summed_out
 from scivi.inference.plan import Plan
 from scivi.inference.scores import (
     Scores,
@@ -38,7 +37,7 @@ from scivi.inference.scores import (
 )
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound, seeded
-from scivi.models.sites import is_subsample, plates_of
+from scivi.models.sites import plates_of, sample_sites
 
 
 @dataclass(frozen=True)
@@ -232,46 +231,30 @@ def _importance_weighted(bound: Bound, batch: Batch, particles: int, n: int, bet
 
 
 def _enumerated(bound: Bound, batch: Batch, particles: int, n: int, beta: float | Tensor) -> Value:
-    """Discrete latents that the guide leaves out are summed exactly, plate by plate (Obermeyer et al. 2019)."""
-    left_out = {s.name for s in bound.sites if s.discrete}
+    """Discrete latents that the guide leaves out are summed exactly."""
+    allowed = {s.name for s in bound.sites if s.discrete}
     with EnumMessenger(first_available_dim=-1 - bound.nesting - (particles > 1)):
-        pair = run_pair(_enumerating(bound), batch, particles=particles, allow=left_out)
-    pair.model.compute_log_prob()
-    pair.model.pack_tensors()
-    infers = [site["infer"] for site in pair.model.nodes.values() if _scored(site)]
-    symbols = {infer["_enumerate_symbol"] for infer in infers if infer.get("_enumerate_symbol")}
-    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    observed, latent, scales = {}, {}, set()
-    scores_guide = {k: by_particle(log_prob(s), bound.nesting) for k, s in pair.guide.nodes.items() if _scored(s)}
-    for name, site in pair.model.nodes.items():
-        if not _scored(site):
-            continue
-        packed = site["packed"]
-        if symbols.isdisjoint(packed["log_prob"]._pyro_dims):
-            total = by_particle(log_prob(site), bound.nesting)
-            if site["is_observed"]:
-                observed[name] = total
-            else:
-                latent[name] = total - scores_guide.pop(name, 0.0)
-        else:
-            plates = frozenset(pair.model.plate_to_symbol[p] for p in plates_of(site))
-            factors.setdefault(plates, []).append(packed["unscaled_log_prob"])
-            scales.add(float(site["scale"]))
-    if len(scales) > 1:
+        pair = run_pair(_enumerating(bound), batch, particles=particles, allow=allowed)
+    rough = sorted(name for name, site in sample_sites(pair.guide) if not site["fn"].has_rsample)
+    if rough:
         raise Unsupported(
-            f'estimator="enumerate": summed sites stand for rows in the proportions {sorted(scales)}, and a sum has one. '
-            f"Put them in one row dim, or use Plan(rows_per_batch=None)."
+            f'estimator="enumerate": the guide draws {rough} without a pathwise derivative. Leave them out of the guide, '
+            f'or use "trace".'
         )
-    latent |= {name: -value for name, value in scores_guide.items()}
-    if factors:
-        summed = contract_tensor_tree(factors, symbols)
-        terms = [t.sum() for terms in summed.values() for t in terms]
-        observed["enumerated"] = scales.pop() * torch.stack(terms).sum() / particles
+    summed, observed, latent = summed_out(pair.model), {}, {}
+    guide = {name: by_particle(log_prob(site), bound.nesting) for name, site in sample_sites(pair.guide)}
+    for name, site in sample_sites(pair.model):
+        if name in summed.sites:
+            continue
+        total = by_particle(log_prob(site), bound.nesting)
+        if site["is_observed"]:
+            observed[name] = total
+        else:
+            latent[name] = total - guide.pop(name, 0.0)
+    latent |= {name: -value for name, value in guide.items()}
+    if summed.terms:
+        observed["enumerated"] = summed.scale * torch.stack([t.sum() for t in summed.terms]).sum() / particles
     return _value(observed, latent, n, beta)
-
-
-def _scored(site: dict[str, Any]) -> bool:
-    return site["type"] == "sample" and not is_subsample(site) and not site["infer"].get("_deterministic", False)
 
 
 def _enumerating(bound: Bound) -> Bound:

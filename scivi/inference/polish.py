@@ -2,7 +2,7 @@
 
 Where rows are few the globals' posterior is skewed: neither the normal at its mode nor the one that the ELBO prefers has
 its mean and its spread. Here the normal is moved to the weighted moments of all draws so far, each round weighed by the
-mixture of the normals that it was drawn from (AMIS, Cornuet, Marin, Mira and Robert 2012, Scand. J. Stat. 39, 798,
+mixture of the Student-t distributions that they were drawn from (AMIS, Cornuet, Marin, Mira and Robert 2012, Scand. J. Stat. 39, 798,
 doi:10.1111/j.1467-9469.2011.00756.x). It costs some hundred evaluations of the full marginal, so it is for few rows.
 """
 
@@ -12,14 +12,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from arviz_stats.base import array_stats
+from pyro.distributions import MultivariateStudentT
 from torch import Tensor
 
 from scivi.errors import Unsupported
 from scivi.inference import marginal
 from scivi.models.binding import Bound
 
-INFLATION = 1.2  # of the proposal's sd: tails heavier than the target's keep the weights bounded (our choice)
+FREEDOM = 6.0  # degrees of freedom of the proposals: tails heavier than the target's keep weights bounded (our choice)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Polished:
         loc: posterior mean on the unbounded scale, (D,).
         covariance: (D, D), the weighted one shrunk towards the starting one as its effective size asks for.
         ess: effective size of all draws.
-        k_hat: Pareto shape of their weights; above 0.7 neither mean nor covariance is to be believed.
+        log_weight: of each draw, from which ``analysis`` tells whether they can be believed.
         draws: how many there were.
         moved_sd: by how much the mean moved, in starting sd, the largest of the coordinates.
     """
@@ -38,12 +38,12 @@ class Polished:
     loc: Tensor
     covariance: Tensor
     ess: float
-    k_hat: float
+    log_weight: tuple[float, ...]
     draws: int
     moved_sd: float
 
 
-def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 3, draws: int = 256, seed: int = 0) -> Polished:
+def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, draws: int = 160) -> Polished:
     """Mean and covariance of the globals' posterior, starting from the trained normal.
 
     Args:
@@ -51,8 +51,7 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 3, 
         rows: of the data.
         per_dim: Gauss-Hermite nodes per local dimension.
         rounds: of adaptation.
-        draws: in each round.
-        seed: of the scrambled Sobol draws.
+        draws: in each round, from torch's random stream.
 
     Raises:
         Unsupported: the guide's noise cannot be laid out, or no joint normal holds all globals.
@@ -61,17 +60,13 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 3, 
     if module is None or plan.refusal is not None:
         raise Unsupported(f"the population cannot be polished: {plan.refusal or 'no joint normal holds all globals'}.")
     with torch.no_grad():
-        loc, tril = module.loc.double(), module.scale_tril.double()
+        loc, tril = module.loc.detach().double(), module.scale_tril.double()
         start, dims = (loc, tril @ tril.mT), len(loc)
-        engine = torch.quasirandom.SobolEngine(dims, scramble=True, seed=seed)
         points, density, proposals = torch.empty(0, dims).double(), torch.empty(0).double(), []
         mean, covariance, ess = loc, start[1], 0.0
         for _ in range(rounds):
-            proposal = torch.distributions.MultivariateNormal(
-                mean, scale_tril=INFLATION * torch.linalg.cholesky(covariance)
-            )
-            noise = torch.special.ndtri(engine.draw(draws, dtype=torch.float64).clamp(1e-6, 1 - 1e-6))
-            new = proposal.loc + noise @ proposal.scale_tril.mT
+            proposal = MultivariateStudentT(mean.new_tensor(FREEDOM), mean, torch.linalg.cholesky(covariance))
+            new = proposal.sample(torch.Size([draws]))
             points, proposals = torch.cat([points, new]), [*proposals, proposal]
             density = torch.cat([density, torch.stack([_posterior(bound, module, t, rows, plan, per_dim) for t in new])])
             mixture = torch.logsumexp(torch.stack([p.log_prob(points) for p in proposals]), 0) - math.log(len(proposals))
@@ -81,9 +76,10 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 3, 
             away = points - mean
             share = ess / (ess + 0.5 * dims * dims)  # as many effective draws as a covariance has numbers: a half
             covariance = share * (away.mT * weight) @ away + (1 - share) * start[1]
-    k_hat = float(array_stats.psislw((density - mixture).numpy())[1])
+        log_weight = density - mixture
+        told = tuple(round(w, 4) for w in (log_weight - log_weight.max()).clamp_min(-100.0).tolist())
     moved = float(((mean - start[0]) / start[1].diagonal().sqrt()).abs().max())
-    return Polished(mean.to(module.loc), covariance.to(module.loc), ess, k_hat, len(points), moved)
+    return Polished(mean.to(module.loc), covariance.to(module.loc), ess, told, len(points), moved)
 
 
 def _posterior(

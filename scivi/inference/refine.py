@@ -20,7 +20,7 @@ from scivi.inputs.batches import Batch, take
 from scivi.models.binding import Bound
 from scivi.models.sites import plates_of, row_dim_of, sample_sites
 
-STEPS, SAMPLES, LR = 200, 32, 0.05  # our choice: converges for shifts of a few dozen sd
+STEPS, SAMPLES, LR = 200, 32, 0.3  # our choice: steps fall from LR to 0, and reach shifts of two dozen sd
 
 
 @dataclass(frozen=True)
@@ -60,23 +60,24 @@ def refine_rows(bound: Bound, batch: Batch, given: Mapping[str, Tensor], rows: T
     some = replace(take(batch, {row: rows}, bound.template.fields), index={row: index[rows]})
     typical = {name: value[:1] for name, value in given.items()}
     like = next(iter(batch.values.values()))
-    points = _normal_points(plan.dims, like)
+    points = _normal_points(plan.dims, like)[:, None]
     shift = torch.zeros(len(rows), plan.dims, dtype=like.dtype, device=like.device)
     log_spread = torch.zeros_like(shift)
     with torch.enable_grad():
         shift, log_spread = shift.requires_grad_(True), log_spread.requires_grad_(True)
         optimiser = torch.optim.Adam([shift, log_spread], lr=LR)
         first = None
+        fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
         for _ in range(STEPS):
             weight, _ = _weights(bound, some, plan, typical, points, shift, log_spread)
             bound_of_row = weight.mean(0)
             first = bound_of_row.detach() if first is None else first
             optimiser.zero_grad()
             (-bound_of_row.sum()).backward()
-            optimiser.step()
+            optimiser.step(), fall.step()
     with torch.no_grad():
         last = _weights(bound, some, plan, typical, points, shift, log_spread)[0].mean(0)
-        noise = torch.randn(draws, plan.dims, dtype=like.dtype, device=like.device)
+        noise = torch.randn(draws, len(rows), plan.dims, dtype=like.dtype, device=like.device)
         weight, values = _weights(bound, some, plan, given, noise, shift, log_spread)
     axes = {s.name: s.row_axis - (len(s.shape) - s.n_plates) for s in plan.sites}
     return Refined(rows, values, axes, weight, last - first)
@@ -96,9 +97,9 @@ def _weights(
     shift: Tensor,
     log_spread: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log weight (points, rows) of local draws at noise shift + spread * points, and the draws by site."""
+    """Log weight (points, rows) of local draws at noise shift + spread * points (points, rows or 1, dims); the draws."""
     row, n = bound.template.row_dims[0], len(points)
-    noise = shift + log_spread.exp() * points[:, None, :]
+    noise = shift + log_spread.exp() * points
     with particle_plate(n, bound.nesting):
         guide, density = marginal.run_guide(bound, batch, plan, noise, fixed=given, moving=True)
         values = marginal.latent_values(guide)
@@ -109,6 +110,6 @@ def _weights(
         if row_dim_of(site, (row,)) is not None:
             joint = joint + by_row(log_prob(site), bound.nesting, plates_of(site)[row]) / row_scale(batch, row)
     base = (-0.5 * noise.square()).sum(-1)
-    own = (-0.5 * points.square()).sum(-1)[:, None] - log_spread.sum(-1)
+    own = (-0.5 * points.square()).sum(-1) - log_spread.sum(-1)
     weight = joint - (density[row] - base + own)
     return weight, {s.name: values[s.name] for s in plan.sites}

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-import scivi
+from scivi import __version__
 from scivi.errors import CheckpointError, TemplateError, listed
 from scivi.inference.plan import Plan
 from scivi.inputs.batches import Batch, Feed
@@ -147,7 +147,7 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     return {
-        "scivi": scivi.__version__,
+        "scivi": __version__,
         "torch": str(torch.__version__),
         "pyro": pyro.__version__,
         "numpy": np.__version__,

@@ -7,7 +7,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-_EXTRA_SD, _EXTRA = 10.0, 20.0  # background counts summed: mean + 10 sd + 20; what is left out is below float64's epsilon
+# Background counts summed: mean + 10 sd, and as many beyond as the last, geometric part of the tail takes to fall by 36
+# nats; what is left out is below float64's epsilon.
+_EXTRA_SD, _EXTRA_NATS = 10.0, 36.0
 
 
 class PoissonOverBackground(TorchDistribution):
@@ -81,4 +83,5 @@ class PoissonOverBackground(TorchDistribution):
             most = int(value.max()) if self.most is None else self.most
             mean = self.shape_ / self.inverse_scale
             spread = (mean * (1 + 1 / self.inverse_scale)).sqrt()
-            return 1 + min(most, int((mean + _EXTRA_SD * spread).max() + _EXTRA))
+            tail = _EXTRA_NATS / torch.log1p(self.inverse_scale)
+            return 1 + min(most, int((mean + _EXTRA_SD * spread + tail).max()))

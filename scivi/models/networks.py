@@ -76,7 +76,7 @@ class SequenceEncoder(nn.Module):
 
     def forward(self, steps: Tensor) -> Tensor:
         """Encode (*batch, time, inputs) to (*batch, time, outputs)."""
-        flat = self.first(steps).flatten(0, -3).mT
+        flat = self.first(steps.reshape(-1, *steps.shape[-2:])).mT
         for layer in self.layers:
             flat = flat + nn.functional.silu(layer(flat))
         return self.last(flat.mT).reshape(*steps.shape[:-1], -1)

@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 import xarray as xr
-from scipy.stats import cauchy, norm
+from scipy.stats import cauchy, expon, norm
 
 from scivi.analysis import report
 
-FINISH = {"method": "importance sampling", "draws": 768, "k_hat": 0.2, "ess": 430.0}
+FINISH = {"method": "importance sampling", "draws": 800, "log_weight": (0.8 * norm.ppf((np.arange(800) + 0.5) / 800)).tolist()}
+HEAVY = (2.0 * expon.ppf((np.arange(800) + 0.5) / 800)).tolist()  # weights of a Pareto law with k = 2
 
 
 def why(found: xr.Dataset) -> str:
@@ -55,9 +56,8 @@ def test_many_good_rows_need_a_check_of_the_population(catalogue):
 @pytest.mark.parametrize(
     ("change", "verdict", "check"),
     [
-        ({"k_hat": 0.8}, "trust with care", "population k-hat"),
-        ({"k_hat": 1.1}, "do not trust", "population k-hat"),
-        ({"ess": 60.0}, "trust with care", "population size"),
+        ({"log_weight": HEAVY}, "do not trust", "population k-hat"),
+        ({"log_weight": FINISH["log_weight"][::10]}, "trust with care", "population size"),
         ({"method": "finish", "step_sd": 0.01}, "trust with care", "population"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Normal models whose evidence, posterior and bounds have closed forms, as templates with guides that can be exact.
+"""Normal models whose evidence, posterior and bounds are known, as templates with guides that can be exact.
 
 Rows y_i ~ N(z_i, NOISE), z_i ~ N(mu, SPREAD), mu ~ N(0, PRIOR); without local latents y_i ~ N(mu, NOISE).
 """
@@ -106,7 +106,16 @@ def bound_to(template: Template, batch: Batch) -> Bound:
 
 
 def plan(**knobs: Any) -> Plan:
-    return Plan(**{"dtype": "float64", "rows_per_batch": None, "newton": False, "compile": "off", "stop": None, **knobs})
+    return Plan(
+        **{
+            "dtype": "float64",
+            "rows_per_batch": None,
+            "newton": False,
+            "compile": "off",
+            "stop": None,
+            **knobs,
+        }
+    )
 
 
 def posterior_of_mu(y: Tensor, spread: float) -> tuple[Tensor, Tensor]:

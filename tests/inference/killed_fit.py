@@ -1,8 +1,8 @@
 """A fit that is killed again and again, as a program: ``killed_fit.py FOLDER KILLS SECONDS SEED``.
 
-Children made by fork run the fit with ``resume=True``; this process kills them with SIGKILL after random times until it
-has killed that many, then lets one end. SECONDS is how long the fit takes if nothing stops it: the times are 3 to 13 %
-of it. The last line printed has the number of kills and the seconds taken.
+Children made by fork run the fit with ``resume=True``; this process kills them with SIGKILL after random
+times until it has killed that many, then lets one end. SECONDS is how long the fit takes if nothing stops it:
+the times are 3 to 13 % of it. The last line printed has the number of kills and the seconds taken.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from scivi.inference.plan import Plan
 from tests.inference.conjugate import hierarchy, rows
 
 schools = replace(hierarchy(), guide=None, nets=None)
-PLAN = Plan(steps=2000, stop=None, rows_per_batch=5, estimator="trace", log_every=10, save_every_s=0.05, seed=3)
+PLAN = Plan(
+    steps=2000, stop=None, rows_per_batch=5, estimator="trace", log_every=10, save_every_s=0.05, seed=3
+)
 
 
 def run(folder: Path) -> None:

@@ -38,11 +38,15 @@ def test_nodes_of_more_dimensions_are_a_grid_and_then_a_net():
     points, log_w = nodes(3, 4, DOUBLE)
     assert points.shape == (64, 3)
     product = (log_w.exp() * (points[:, 0] ** 2 * points[:, 1] ** 4 * points[:, 2] ** 6)).sum()
-    assert float(product) == pytest.approx(1 * 3 * 15, rel=1e-12)  # float64; degree at most 7 in each is exact
+    assert float(product) == pytest.approx(
+        1 * 3 * 15, rel=1e-12
+    )  # float64; degree at most 7 in each is exact
     points, log_w = nodes(5, 4, DOUBLE, n_random=4096, seed=1)
     assert points.shape == (4096, 5)
     assert float(log_w.exp().sum()) == pytest.approx(1.0)
-    np.testing.assert_allclose(points.mean(0), 0, atol=4 / 64)  # 4 sd of plain Monte Carlo; the net does better
+    np.testing.assert_allclose(
+        points.mean(0), 0, atol=4 / 64
+    )  # 4 sd of plain Monte Carlo; the net does better
     np.testing.assert_allclose(points.T.cov(), np.eye(5), atol=4 * 2**0.5 / 64)  # the same
 
 
@@ -114,7 +118,10 @@ def test_noise_of_several_sites_is_cut_in_order_and_put_on_its_rows():
 def test_log_marginal_of_rows_is_the_closed_form_even_with_nodes_put_badly():
     batch = whole(hierarchy(), rows(5))
     y, variance = batch.y, conjugate.SPREAD**2 + conjugate.NOISE**2
-    for coefficients, n, error in ((EXACT, 1, 1e-6), (OFF, 30, 1e-5)):  # exact: any node will do, to float32 of EXACT
+    for coefficients, n, error in (
+        (EXACT, 1, 1e-6),
+        (OFF, 30, 1e-5),
+    ):  # exact: any node will do, to float32 of EXACT
         bound = bound_to(hierarchy(coefficients), batch)
         module, found = bound.nets.own.globals, layout(bound, batch)
         theta = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
@@ -124,7 +131,9 @@ def test_log_marginal_of_rows_is_the_closed_form_even_with_nodes_put_badly():
         (slope,) = torch.autograd.grad(value, theta)
         assert float(slope) == pytest.approx(float(((y - 0.4) / variance).sum()), abs=10 * error)
         prior = log_prior(bound, module, theta.detach(), batch)
-        assert float(prior) == pytest.approx(float(dist.Normal(0.0 * DOUBLE, conjugate.PRIOR).log_prob(0.4 * (DOUBLE + 1))))
+        assert float(prior) == pytest.approx(
+            float(dist.Normal(0.0 * DOUBLE, conjugate.PRIOR).log_prob(0.4 * (DOUBLE + 1)))
+        )
 
 
 def test_node_error_falls_geometrically_with_their_number():
@@ -134,13 +143,15 @@ def test_node_error_falls_geometrically_with_their_number():
     truth = dist.Normal(theta, (conjugate.SPREAD**2 + conjugate.NOISE**2) ** 0.5).log_prob(batch.y).sum()
     module, found = bound.nets.own.globals, layout(bound, batch)
     with torch.no_grad():
-        errors = [abs(float(log_marginal(bound, module, theta, batch, found, n) - truth)) for n in (5, 10, 20, 40)]
+        errors = [
+            abs(float(log_marginal(bound, module, theta, batch, found, n) - truth)) for n in (5, 10, 20, 40)
+        ]
     assert errors[1] < errors[0] / 5
     assert errors[2] < errors[1] / 20
     assert errors[3] < errors[2] / 100 or errors[3] < 1e-10
 
 
-# Groups of two measurements, a linear predictor with two coefficients: y_ij ~ N(z_i + slope x_ij, NOISE), z_i ~ N(mu, SPREAD)
+# Two measurements a row and two coefficients: y_ij ~ N(z_i + slope x_ij, NOISE), z_i ~ N(mu, SPREAD)
 LINEAR = {"y": Field(("row", "visit"), "observed"), "x": Field(("row", "visit"))}
 
 
@@ -187,13 +198,17 @@ def test_newton_lands_on_the_exact_posterior_of_a_linear_gaussian_model_from_a_p
     covariance = np.linalg.inv(precision)
     mode = covariance @ np.einsum("rva,vw,rw->a", design, row_precision, data["y"])
     sd = np.sqrt(np.diag(covariance))
-    np.testing.assert_allclose((found.loc.numpy() - mode) / sd, 0, atol=0.02)  # sd: 25 nodes, curvature from 12
+    np.testing.assert_allclose(
+        (found.loc.numpy() - mode) / sd, 0, atol=0.02
+    )  # sd: 25 nodes, curvature from 12
     scale = np.outer(sd, sd)
     np.testing.assert_allclose(found.covariance.numpy() / scale, covariance / scale, atol=0.02)
     flat, within = design.reshape(160, 2), np.kron(np.eye(80), np.linalg.inv(row_precision))
     whole_of = torch.as_tensor(conjugate.PRIOR**2 * flat @ flat.T + within)
     evidence = dist.MultivariateNormal(whole_of.new_zeros(160), whole_of).log_prob(batch.y.reshape(-1))
-    assert found.log_evidence == pytest.approx(float(evidence), abs=0.1)  # nats: 80 rows of node error 1e-3 at most
+    assert found.log_evidence == pytest.approx(
+        float(evidence), abs=0.1
+    )  # nats: 80 rows of node error 1e-3 at most
     assert found.nodes == 25
 
 
@@ -204,9 +219,15 @@ def test_newton_over_chunks_and_from_some_rows():
     every_fourth = some_rows(batch, list(range(0, 400, 4)))
     chunked = newton_finish(bound, Rows(lambda n: parts, lambda n: [every_fourth], 4.0), 7)
     mean, variance = conjugate.posterior_of_mu(batch.y, conjugate.SPREAD)
-    torch.testing.assert_close(chunked.loc, mean.reshape(1), rtol=0, atol=1e-5)  # exact nodes; EXACT is in float32
-    torch.testing.assert_close(chunked.covariance, variance.reshape(1, 1), rtol=1e-4, atol=0)  # the curvature is constant
-    assert chunked.log_evidence == pytest.approx(float(conjugate.log_evidence(batch.y, conjugate.SPREAD)), abs=1e-3)
+    torch.testing.assert_close(
+        chunked.loc, mean.reshape(1), rtol=0, atol=1e-5
+    )  # exact nodes; EXACT is in float32
+    torch.testing.assert_close(
+        chunked.covariance, variance.reshape(1, 1), rtol=1e-4, atol=0
+    )  # the curvature is constant
+    assert chunked.log_evidence == pytest.approx(
+        float(conjugate.log_evidence(batch.y, conjugate.SPREAD)), abs=1e-3
+    )
 
 
 def test_only_a_full_rank_normal_of_all_globals_can_be_finished():

@@ -20,7 +20,18 @@ from scivi.models.binding import bind, seeded
 from scivi.models.guides import JointNormal, MeanField
 from scivi.models.template import Template
 from tests.inference import conjugate
-from tests.inference.conjugate import EXACT, OFF, bound_to, hierarchy, make_exact, plan, rows, shared, some_rows, whole
+from tests.inference.conjugate import (
+    EXACT,
+    OFF,
+    bound_to,
+    hierarchy,
+    make_exact,
+    plan,
+    rows,
+    shared,
+    some_rows,
+    whole,
+)
 
 EPS = 1e-12  # float64: a few thousand operations on numbers of order one
 
@@ -32,7 +43,9 @@ def mean_and_error(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def evaluations(objective, batch, n: int, beta: float = 1.0) -> torch.Tensor:
     """The bound, in nats over all rows, n times."""
     with seeded(1), torch.no_grad(), quiet():
-        return -batch.sizes["row"] * torch.stack([objective.evaluate(batch, beta).objective for _ in range(n)])
+        return -batch.sizes["row"] * torch.stack(
+            [objective.evaluate(batch, beta).objective for _ in range(n)]
+        )
 
 
 def gradients(objective, batch, parameters, n: int) -> torch.Tensor:
@@ -92,7 +105,9 @@ def test_every_draw_gives_the_log_evidence_where_local_and_global_factors_are_ex
     knobs = {"particles": 3} if estimator == "iwae" else {}
     found = evaluations(prepare(bound, batch, plan(estimator=estimator, **knobs)), batch, 20)
     truth = conjugate.log_evidence(batch.y, conjugate.SPREAD)
-    torch.testing.assert_close(found, truth.expand(20), rtol=0, atol=2e-6)  # the guide starts from float32 numbers
+    torch.testing.assert_close(
+        found, truth.expand(20), rtol=0, atol=2e-6
+    )  # the guide starts from float32 numbers
 
 
 @pytest.mark.parametrize("particles", [1, 5])
@@ -107,7 +122,9 @@ def test_bound_and_gradient_of_a_wrong_guide_are_those_of_the_closed_form(estima
     mean, error = mean_and_error(evaluations(objective, batch, 300))
     assert abs(mean - truth.detach()) < 4 * error  # 4 Monte Carlo standard errors of 300 evaluations
     mean, error = mean_and_error(gradients(objective, batch, list(found.values()), 300))
-    assert ((mean - slope).abs() < 4 * error + 1e-12).all()  # 4 standard errors, rounding where there is no noise
+    assert (
+        (mean - slope).abs() < 4 * error + 1e-12
+    ).all()  # 4 standard errors, rounding where there is no noise
 
 
 def test_sticking_the_landing_has_no_gradient_noise_at_the_exact_posterior():
@@ -122,7 +139,7 @@ def test_sticking_the_landing_has_no_gradient_noise_at_the_exact_posterior():
 
 
 def importance_bound_of_two(y, loc, log_scale, on_y, on_mu, shift, log_sd) -> torch.Tensor:
-    """E log mean of two weights in each row, plus the globals' part, by Gauss-Hermite quadrature in (mu, e1, e2)."""
+    """E log mean of two weights in each row, and the globals' part, by quadrature in (mu, e1, e2)."""
     x, w = (torch.as_tensor(a) for a in np.polynomial.hermite_e.hermegauss(40))
     w = w / w.sum()
     mu = (loc + log_scale.exp() * x)[:, None, None]
@@ -161,20 +178,24 @@ def test_importance_weighted_bound_tightens_with_draws_as_one_over_their_number(
         objective = prepare(bound, batch, plan(estimator="iwae", particles=particles))
         mean, error = mean_and_error(evaluations(objective, batch, 1000))
         gaps.append(float(truth - mean)), errors.append(float(error))
-    # weights are log-normal: exp of a normal of variance (.2 / sd)**2, so that to first order in 1/K a row's gap is
+    # weights are log-normal: exp of a normal of variance (.2 / sd)**2; to first order in 1/K a row's gap is
     # (exp((.2 / sd)**2) - 1) / 2K (Domke and Sheldon 2018, arXiv:1808.09034, theorem 3)
     first_order = 8 * np.expm1((0.2 / conjugate.ROW_SD) ** 2) / 2
     for gap, error, particles in zip(gaps, errors, (8, 32), strict=True):
-        assert gap * particles == pytest.approx(first_order, abs=4 * error * particles, rel=2 / particles)  # next order
+        assert gap * particles == pytest.approx(
+            first_order, abs=4 * error * particles, rel=2 / particles
+        )  # next order
     assert gaps[1] < gaps[0]
 
 
 def test_weights_are_per_row_and_not_of_the_whole_batch_as_in_pyro():
-    """Pyro's RenyiELBO has one weight for all rows: with many rows its bound is hardly better than the plain one."""
+    """Pyro's RenyiELBO has one weight for all rows: of many rows its bound is little better than the ELBO."""
     batch = whole(hierarchy(), rows(60))
     bound = bound_to(hierarchy(OFF), batch)
     make_exact(bound, batch.y)
-    ours, _ = mean_and_error(evaluations(prepare(bound, batch, plan(estimator="iwae", particles=16)), batch, 100))
+    ours, _ = mean_and_error(
+        evaluations(prepare(bound, batch, plan(estimator="iwae", particles=16)), batch, 100)
+    )
     plain, _ = mean_and_error(evaluations(prepare(bound, batch, plan(estimator="trace")), batch, 400))
     with seeded(3), torch.no_grad():
         renyi = RenyiELBO(alpha=0.0, num_particles=16, vectorize_particles=True, max_plate_nesting=1)
@@ -214,17 +235,25 @@ def test_marginal_gives_globals_the_marginal_and_the_guide_the_divergence_from_e
     variance = conjugate.SPREAD**2 + conjugate.NOISE**2
     rest = (2 * log_scale).exp()
     exact = conjugate.expected_log_normal(batch.y - loc, rest, variance**0.5).sum()
-    exact = exact + (conjugate.expected_log_normal(loc, rest, conjugate.PRIOR) + conjugate.entropy(log_scale)).sum()
+    exact = (
+        exact
+        + (conjugate.expected_log_normal(loc, rest, conjugate.PRIOR) + conjugate.entropy(log_scale)).sum()
+    )
     slope = {"loc": torch.autograd.grad(exact, loc, retain_graph=True)[0]}
     slope["log_scale"] = torch.autograd.grad(exact, log_scale)[0]
     own = cross_entropy(batch.y, **found).sum()
-    slope |= {n: torch.autograd.grad(own, found[n], retain_graph=True)[0] for n in ("on_y", "on_mu", "shift", "log_sd")}
+    slope |= {
+        n: torch.autograd.grad(own, found[n], retain_graph=True)[0]
+        for n in ("on_y", "on_mu", "shift", "log_sd")
+    }
     objective = prepare(bound, batch, plan(estimator="marginal", nodes=15))
     mean, error = mean_and_error(evaluations(objective, batch, 400))
     assert abs(mean - exact.detach()) < 4 * error  # 4 standard errors; 15 nodes leave 1e-5
     mean, error = mean_and_error(gradients(objective, batch, list(found.values()), 300))
     truth = torch.cat([slope[n].reshape(-1) for n in found])
-    assert ((mean - truth).abs() < 4 * error + 1e-4).all()  # 4 standard errors; 15 nodes leave 1e-5 of a nat per row
+    assert (
+        (mean - truth).abs() < 4 * error + 1e-4
+    ).all()  # 4 standard errors; 15 nodes leave 1e-5 of a nat per row
 
 
 def test_minibatches_average_to_the_full_objective():
@@ -274,7 +303,7 @@ def places_guide(batch, prior, nets):
 
 mixture = Template(
     name="mixture", fields=conjugate.FIELDS, rows="row", model=mixture_model, guide=places_guide,
-    nets=lambda sizes, prior: Places(), dims={"places": ("component",), "which": ("row",)}, sizes={"component": 2},
+    dims={"places": ("component",), "which": ("row",)}, sizes={"component": 2}, nets=lambda sizes, prior: Places(),
 )  # fmt: skip
 
 
@@ -375,12 +404,15 @@ def test_score_function_gradient_of_a_global_switch_and_the_need_for_a_control_v
     objective = prepare(bound, batch, plan(estimator="trace", particles=10))
     mean, error = mean_and_error(gradients(objective, batch, [logit], 300))
     assert abs(mean - slope) < 4 * error  # 4 standard errors of 300 x 10 draws
-    with pytest.raises(PlanError, match=r"sites \['on'\] have no pathwise derivative .* use Plan\(particles=2\)"):
+    with pytest.raises(
+        PlanError, match=r"sites \['on'\] have no pathwise derivative .* use Plan\(particles=2\)"
+    ):
         prepare(bound, batch, plan(estimator="trace")).evaluate(batch)
 
 
 @pytest.mark.parametrize(
-    ("template", "estimator"), [(mixture, "enumerate"), (responsible, "trace"), (shared, "trace"), (hierarchy(), "marginal")]
+    ("template", "estimator"),
+    [(mixture, "enumerate"), (responsible, "trace"), (shared, "trace"), (hierarchy(), "marginal")],
 )
 def test_auto_takes_the_estimator_that_the_guide_calls_for(template, estimator):
     batch = whole(template, rows(5))
@@ -389,13 +421,19 @@ def test_auto_takes_the_estimator_that_the_guide_calls_for(template, estimator):
 
 def test_what_cannot_be_estimated_is_refused_with_what_to_do():
     batch = whole(shared, rows(5))
-    with pytest.raises(Unsupported, match=r'"marginal" cannot be used: there is no latent per row. Use "trace"'):
+    drawn = bound_to(responsible, batch)
+    with pytest.raises(
+        Unsupported, match=r'"marginal" cannot be used: there is no latent per row. Use "trace"'
+    ):
         prepare(bound_to(shared, batch), batch, plan(estimator="marginal"))
     with pytest.raises(Unsupported, match=r'this guide has no latent per row; use "trace"'):
         prepare(bound_to(shared, batch), batch, plan(estimator="iwae", particles=2)).evaluate(batch)
     with pytest.raises(Unsupported, match=r"the guide draws \['which'\] without a pathwise derivative"):
-        whole_of = whole(responsible, rows(5))
-        prepare(bound_to(responsible, whole_of), whole_of, plan(estimator="iwae", particles=2)).evaluate(whole_of)
+        prepare(drawn, batch, plan(estimator="iwae", particles=2)).evaluate(batch)
+    with pytest.raises(
+        Unsupported, match=r"enumerate.: the guide draws \['which'\] without .*Leave them out"
+    ):
+        prepare(bound_to(responsible, whole_of), whole_of, plan(estimator="enumerate")).evaluate(whole_of)
     lazy = replace(hierarchy(), guide=lambda batch, prior, nets: nets.globals(batch))
     with pytest.raises(TemplateError, match=r"the guide has no factor for \['z'\]"):
         prepare(bind(lazy, batch, 0), batch, plan(estimator="trace")).evaluate(batch)
@@ -409,7 +447,7 @@ def test_missing_entries_weigh_nothing():
     truth = conjugate.log_evidence(kept.y, conjugate.SPREAD)
     make_exact(bound, kept.y)
     found = evaluations(prepare(bound, holes, plan(estimator="marginal", nodes=21)), holes, 5)
-    # the guide of a missing row is that of the value put in its place: 5 nodes a sd away leave 1e-3 of the integral
+    # the guide of a missing row is that of the value in its place: nodes that far away leave 1e-3 of the integral
     torch.testing.assert_close(found, truth.expand(5), rtol=0, atol=1e-3)
 
 

@@ -42,8 +42,12 @@ def test_every_entry_of_the_history_is_recorded(tmp_path):
 
 def test_a_recorder_that_fails_ends_the_recording_with_one_warning_and_not_the_fit():
     failing = Failing()
-    with pytest.warns(UserWarning, match="the recorder failed .disk full.; the fit goes on without it") as caught:
-        done = fit(shared, rows(8), plan(steps=50, log_every=10, estimator="trace"), record=failing, progress=False)
+    with pytest.warns(
+        UserWarning, match="the recorder failed .disk full.; the fit goes on without it"
+    ) as caught:
+        done = fit(
+            shared, rows(8), plan(steps=50, log_every=10, estimator="trace"), record=failing, progress=False
+        )
     assert len(caught) == 1
     assert failing.taken == 2
     assert len(done.history.log) == 5

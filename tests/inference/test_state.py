@@ -34,8 +34,17 @@ def model(batch, prior, nets):
 
 
 FIELDS = {"y": Field(("row",), "observed"), "sd": Field(("row",))}
-importable = Template(name="importable", fields=FIELDS, rows="row", model=model, dims={"mu": ()}, prior=Prior())
-own = Template(name="own", fields=FIELDS, rows="row", model=lambda b, p, n: model(b, p, n), dims={"mu": ()}, prior=Prior())
+importable = Template(
+    name="importable", fields=FIELDS, rows="row", model=model, dims={"mu": ()}, prior=Prior()
+)
+own = Template(
+    name="own",
+    fields=FIELDS,
+    rows="row",
+    model=lambda b, p, n: model(b, p, n),
+    dims={"mu": ()},
+    prior=Prior(),
+)
 DATA = {**rows(6), "sd": np.linspace(0.5, 1.0, 6)}
 QUICK = plan(steps=20, log_every=10, estimator="trace")
 
@@ -81,7 +90,10 @@ def test_a_notebooks_own_template_is_passed_in(tmp_path, monkeypatch):
     fitted = fit(mine, DATA, QUICK, progress=False)
     save(fitted, tmp_path)
     assert json.loads((tmp_path / "fit.json").read_text())["reference"] is None
-    with pytest.raises(CheckpointError, match=r'"own" was not importable when .* was saved; pass it: load\(directory, template\)'):
+    with pytest.raises(
+        CheckpointError,
+        match=r'"own" was not importable when .* was saved; pass it: load\(directory, template\)',
+    ):
         load(tmp_path)
     assert load(tmp_path, mine).template == mine
 
@@ -141,16 +153,17 @@ def test_a_file_is_put_in_place_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, b"old")
 
-
     with pytest.raises(TypeError):
         write_atomically(path, [b"not", b"bytes"])  # type: ignore[arg-type]
     assert path.read_bytes() == b"old"
 
 
 def test_a_fit_says_what_it_is(fitted):
-    assert repr(fitted).startswith('Fit of "importable" to {\'row\': 6}: 20 steps, stopped by steps, objective')
+    assert repr(fitted).startswith(
+        "Fit of \"importable\" to {'row': 6}: 20 steps, stopped by steps, objective"
+    )
     ended = fitted.provenance["fit"]
-    assert (ended["steps"], ended["restarts"], ended["newton"], ended["estimator"]) == (20, [], None, "trace")
+    assert (ended["steps"], ended["restarts"], ended["finish"], ended["estimator"]) == (20, [], {}, "trace")
     assert fitted.provenance["prior"] == {"width": 0.3, "edges": (-1.0, 4.0)}
     assert fitted.provenance["data"]["sizes"] == {"row": 6}
 

@@ -154,7 +154,9 @@ def test_a_plate_can_be_entered_twice_and_names_only_dims():
 
     trace = poutine.trace(model).get_trace()
     assert [trace.nodes[name]["scale"] for name in ("a", "b")] == [5.0, 5.0]
-    with pytest.raises(TemplateError, match=r'no dim "cell" .* have \[.band., .row.\].*sizes=\{"cell": ...\}'):
+    with pytest.raises(
+        TemplateError, match=r'no dim "cell" .* have \[.band., .row.\].*sizes=\{"cell": ...\}'
+    ):
         batch.plate("cell")
 
 

@@ -53,7 +53,9 @@ def tril(*batch: int, d: int, seed: int = 0) -> torch.Tensor:
 
 def batch_of(n: int, index: list[int] | None = None) -> Batch:
     y = random(n) if index is None else random(n)[index]
-    return Batch({"y": y}, {}, {"row": n, "band": 2}, ("row",), {} if index is None else {"row": torch.tensor(index)})
+    return Batch(
+        {"y": y}, {}, {"row": n, "band": 2}, ("row",), {} if index is None else {"row": torch.tensor(index)}
+    )
 
 
 def wide_model(batch, prior, nets):
@@ -105,15 +107,15 @@ def test_density_of_the_mean_field_is_that_of_scipy():
     guide = trace_of(bound, batch)
     guide.compute_log_prob()
     positive = guide.nodes["positive"]
-    loc, scale = float(module.loc["positive"]), float(module.log_scale["positive"].exp())
+    loc, scale = module.loc["positive"].item(), module.log_scale["positive"].exp().item()
     assert scale == pytest.approx(0.4)
     truth = stats.lognorm(scale, scale=np.exp(loc)).logpdf(float(positive["value"]))
-    assert float(positive["log_prob_sum"]) == pytest.approx(truth, rel=1e-10)  # float64
+    assert positive["log_prob_sum"].item() == pytest.approx(truth, rel=1e-10)  # float64
     unit = guide.nodes["unit"]
     logit = np.log(float(unit["value"]) / (1 - float(unit["value"])))
-    loc, slope = float(module.loc["unit"]), float(unit["value"] * (1 - unit["value"]))
+    loc, slope = module.loc["unit"].item(), float(unit["value"] * (1 - unit["value"]))
     truth = stats.norm(loc, 0.4).logpdf(logit) - np.log(slope)
-    assert float(unit["log_prob_sum"]) == pytest.approx(truth, rel=1e-10)  # float64
+    assert unit["log_prob_sum"].item() == pytest.approx(truth, rel=1e-10)  # float64
 
 
 @pytest.mark.parametrize("family", [MeanField(scale=0.3), JointNormal(scale=0.3)])
@@ -134,9 +136,13 @@ def test_densities_on_curved_supports_integrate_to_one(family, name):
     prior = poutine.trace(bound.model).get_trace(batch).nodes[name]["fn"]
     with seeded(2), torch.no_grad(), pyro.plate("_particle", 40_000, dim=-2):
         guide = poutine.trace(bound.guide).get_trace(batch)
-    log_q = sum(s["fn"].log_prob(s["value"]).reshape(-1) for s in guide.nodes.values() if s["type"] == "sample")
+    log_q = sum(
+        s["fn"].log_prob(s["value"]).reshape(-1) for s in guide.nodes.values() if s["type"] == "sample"
+    )
     ratio = (prior.log_prob(guide.nodes[name]["value"]).reshape(-1) - log_q).exp().detach()
-    assert float(ratio.mean()) == pytest.approx(1.0, abs=4 * float(ratio.std()) / 200)  # 4 standard errors of 40 000
+    assert float(ratio.mean()) == pytest.approx(
+        1.0, abs=4 * float(ratio.std()) / 200
+    )  # 4 standard errors of 40 000
 
 
 def test_a_minibatch_takes_its_rows_from_the_table():
@@ -164,7 +170,9 @@ def test_a_guide_bound_to_a_few_rows_has_a_factor_for_all():
 
 def test_a_joint_normal_over_rows_needs_them_all():
     bound = bind(wide(JointNormal()), batch_of(6), seed=0)
-    with pytest.raises(Unsupported, match=r"every row of \['row'\] in one vector .* Plan\(rows_per_batch=None\)"):
+    with pytest.raises(
+        Unsupported, match=r"every row of \['row'\] in one vector .* Plan\(rows_per_batch=None\)"
+    ):
         bound.guide(batch_of(6, [1, 2]))
 
 
@@ -183,7 +191,9 @@ def test_a_joint_normal_holds_the_mean_and_covariance_it_is_given():
     error = (covariance.diagonal() / 50_000) ** 0.5
     assert bool(((joint.mean(0) - loc).abs() < 4 * error).all())  # 4 standard errors
     sd = covariance.diagonal().sqrt()
-    torch.testing.assert_close(joint.T.cov() / sd / sd[:, None], covariance / sd / sd[:, None], rtol=0, atol=0.026)  # the same
+    torch.testing.assert_close(
+        joint.T.cov() / sd / sd[:, None], covariance / sd / sd[:, None], rtol=0, atol=0.026
+    )  # the same
 
 
 def test_a_low_rank_covariance_is_factor_plus_diagonal_and_cannot_be_set():
@@ -204,7 +214,9 @@ def test_sites_of_a_joint_normal_carry_its_density_to_their_supports():
     s, joint = guide.nodes["s"]["value"], guide.nodes["_joint"]["value"]
     lower = module.scale_tril.detach().numpy()
     truth = stats.multivariate_normal(module.loc.detach().numpy(), lower @ lower.T)
-    assert float(total.detach()) == pytest.approx(truth.logpdf(joint.detach().numpy()) - float(s.detach().log()), abs=1e-9)
+    assert float(total.detach()) == pytest.approx(
+        truth.logpdf(joint.detach().numpy()) - float(s.detach().log()), abs=1e-9
+    )
     assert float(s.detach()) == pytest.approx(float(joint.detach()[2].exp()))
 
 
@@ -241,7 +253,9 @@ def test_tril_affine_is_inverted_and_has_the_determinant_of_its_matrix():
     loc, lower, x = random(4, 3), tril(4, d=3), random(7, 4, 3, seed=1)
     carry = TrilAffine(loc, lower, cache_size=0)
     y = carry(x)
-    torch.testing.assert_close(carry.inv(y), x, rtol=1e-8, atol=1e-8)  # float64 times the condition of the matrices
+    torch.testing.assert_close(
+        carry.inv(y), x, rtol=1e-8, atol=1e-8
+    )  # float64 times the condition of the matrices
     truth = torch.linalg.det(lower).log().expand(7, 4)
     torch.testing.assert_close(carry.log_abs_det_jacobian(x, y), truth, rtol=EPS, atol=EPS)
 
@@ -260,7 +274,9 @@ def cases():
     yield "simplex", dist.TransformedDistribution(dist.Normal(random(4, 2), 1.0).to_event(1), simplex), (2,)
     yield "masked", dist.Normal(loc, scale).mask(torch.tensor(True)), ()
     for d in (1, 2, 3):
-        bend = skew_normal(random(4, d), tril(4, d=d), 0.3 * random(4, d, seed=2), random(4, d, seed=3).mul(0.2).exp())
+        bend = skew_normal(
+            random(4, d), tril(4, d=d), 0.3 * random(4, d, seed=2), random(4, d, seed=3).mul(0.2).exp()
+        )
         yield f"skew {d}", bend, (d,)
 
 
@@ -280,11 +296,18 @@ def test_pushed_noise_is_the_draw_that_rsample_makes_with_its_density(name):
     torch.testing.assert_close(pushed, value, rtol=EPS, atol=EPS)
     assert density.shape == (6, *fn.batch_shape)
     unmasked = fn.base_dist if name == "masked" else fn
-    torch.testing.assert_close(density, unmasked.log_prob(value), rtol=1e-8, atol=1e-8)  # inverting loses digits
+    torch.testing.assert_close(
+        density, unmasked.log_prob(value), rtol=1e-8, atol=1e-8
+    )  # inverting loses digits
 
 
 def test_what_is_no_map_of_normal_noise_is_told():
-    for fn in (dist.Gamma(1.0, 1.0), dist.StudentT(3.0), dist.Bernoulli(0.5), dist.Gamma(torch.ones(2), 1.0).to_event(1)):
+    for fn in (
+        dist.Gamma(1.0, 1.0),
+        dist.StudentT(3.0),
+        dist.Bernoulli(0.5),
+        dist.Gamma(torch.ones(2), 1.0).to_event(1),
+    ):
         assert noise_shape(fn) is None
         assert noise_size(fn) is None
 
@@ -299,8 +322,8 @@ def test_a_skew_normal_without_skew_is_normal(d):
 
 
 def test_a_skew_normal_integrates_to_one():
-    fn = skew_normal(torch.zeros(1, 1).double(), 0.7 * torch.ones(1, 1, 1).double(), torch.full((1, 1), 0.6).double(),
-                     torch.full((1, 1), 1.3).double())  # fmt: skip
+    one = torch.ones(1, 1, dtype=torch.float64)
+    fn = skew_normal(0 * one, 0.7 * one.unsqueeze(-1), 0.6 * one, 1.3 * one)
     x = torch.linspace(-15, 40, 200_001, dtype=torch.float64)
     density = fn.log_prob(x.reshape(-1, 1, 1)).exp().reshape(-1)
     assert float(torch.trapezoid(density, x)) == pytest.approx(1.0, abs=1e-6)  # tails beyond the ends
@@ -310,7 +333,9 @@ def test_a_skew_normal_integrates_to_one():
 def test_solving_and_inverting_matrices_is_that_of_lapack(d):
     matrix, vector = spd(6, d=d), random(6, d, seed=1)
     truth = torch.linalg.solve(matrix, vector.unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(solve_spd(matrix, vector), truth, rtol=1e-8, atol=1e-8)  # float64 times condition 1e2
+    torch.testing.assert_close(
+        solve_spd(matrix, vector), truth, rtol=1e-8, atol=1e-8
+    )  # float64 times condition 1e2
     lower = inverse_tril(matrix)
     torch.testing.assert_close(lower @ lower.mT, torch.linalg.inv(matrix), rtol=1e-8, atol=1e-8)
     assert bool((lower.triu(1) == 0).all())
@@ -361,7 +386,9 @@ def test_density_and_draws_of_a_conditional_flow_agree(kind):
         ratio = (dist.Normal(centre, sd).to_event(1).log_prob(value) - log_prob).exp()
     error = ratio.std(0) / 500**0.5
     assert bool(((ratio.mean(0) - 1).abs() < 4 * error).all())  # 4 standard errors of 500 draws
-    gradients = torch.autograd.grad(fn.log_prob(value.detach()).sum(), list(flow.parameters()), allow_unused=True)
+    gradients = torch.autograd.grad(
+        fn.log_prob(value.detach()).sum(), list(flow.parameters()), allow_unused=True
+    )
     assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients)
 
 

@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from pyro.ops.indexing import Vindex
+from scipy import stats
+from torch import nn
+
+from scivi.errors import TemplateError, Unsupported
+from scivi.inference import draws as draws_module
+from scivi.inference.draws import draw, predict, simulate
+from scivi.inference.loop import fit
+from scivi.inference.state import Fit
+from scivi.inputs.fields import Field
+from scivi.models.template import Template
+from tests.inference import conjugate
+from tests.inference.conjugate import (
+    EXACT,
+    NOISE,
+    PRIOR,
+    ROW_SD,
+    SHRINK,
+    SPREAD,
+    hierarchy,
+    log_evidence,
+    make_exact,
+    plan,
+    rows,
+)
+
+QUICK = plan(steps=2, log_every=1, lr=1e-9, estimator="trace")
+DATA, N = rows(15), 15
+LABELLED = xr.Dataset({"y": ("row", DATA["y"])}, {"row": [f"star {k}" for k in range(N)]})
+
+
+def exact_fit(data=LABELLED, coefficients=EXACT) -> Fit:
+    """A fit whose population is exact, and whose rows are as exact as their coefficients."""
+    template = replace(hierarchy(coefficients), units={"mu": "mag", "z": "mag"})
+    done = fit(template, data, QUICK, progress=False)
+    y = np.asarray(data["y"])
+    make_exact(done.bound, torch.as_tensor(y[~np.isnan(y)]))
+    return done
+
+
+@pytest.fixture(scope="module")
+def exact() -> Fit:
+    return exact_fit()
+
+
+def mean_of(values: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over draws, and its Monte Carlo standard error."""
+    return values.mean(("chain", "draw")).values, (
+        values.std(("chain", "draw")) / values.sizes["draw"] ** 0.5
+    ).values
+
+
+def test_draws_of_an_exact_guide_have_the_moments_of_the_posterior(exact):
+    tree = draw(exact, LABELLED, 4000, seed=1)
+    y = torch.as_tensor(DATA["y"])
+    mu, variance = (float(x) for x in conjugate.posterior_of_mu(y, SPREAD))
+    mean, error = mean_of(tree.posterior.mu)
+    assert mean == pytest.approx(mu, abs=4 * error)  # 4 standard errors of 4000 draws
+    assert float(tree.posterior.mu.std()) == pytest.approx(variance**0.5, rel=4 / 8000**0.5)  # the same
+    mean, error = mean_of(tree.posterior.z)
+    assert (abs(mean - (SHRINK * DATA["y"] + (1 - SHRINK) * mu)) < 4 * error).all()
+    sd = (ROW_SD**2 + (1 - SHRINK) ** 2 * variance) ** 0.5
+    np.testing.assert_allclose(tree.posterior.z.std(("chain", "draw")), sd, rtol=4 / 8000**0.5)
+    mean, error = mean_of(tree.prior.mu)
+    assert mean == pytest.approx(0.0, abs=4 * error)
+    assert float(tree.prior.mu.std()) == pytest.approx(PRIOR, rel=4 / 8000**0.5)
+
+
+def test_every_weight_of_an_exact_guide_is_the_evidence(exact):
+    stats_of = draw(exact, LABELLED, 50, seed=1).sample_stats
+    evidence = float(log_evidence(torch.as_tensor(DATA["y"]), SPREAD))
+    np.testing.assert_allclose(stats_of.lp - stats_of.log_q, evidence, atol=1e-5)  # EXACT is kept in float32
+    np.testing.assert_allclose(stats_of.global_log_weight, evidence, atol=1e-5)
+    assert not stats_of.poor.any()
+    assert not stats_of.outside.any()
+
+
+def test_row_weights_and_log_likelihood_are_those_of_scipy(exact):
+    tree = draw(exact, LABELLED, 20, seed=1)
+    mu, z = tree.posterior.mu.values[..., None], tree.posterior.z.values
+    np.testing.assert_allclose(tree.log_likelihood.y, stats.norm(z, NOISE).logpdf(DATA["y"]), rtol=1e-6)
+    truth = stats.norm(mu, (SPREAD**2 + NOISE**2) ** 0.5).logpdf(
+        DATA["y"]
+    )  # log p(y_i | mu), whatever z was drawn
+    np.testing.assert_allclose(tree.sample_stats.row_log_weight, truth, atol=1e-5)  # EXACT is kept in float32
+
+
+def test_results_are_labelled(exact):
+    tree = predict(exact, LABELLED, 7, seed=1)
+    assert tree.posterior.z.dims == ("chain", "draw", "row")
+    assert tree.posterior.mu.dims == ("chain", "draw")
+    assert tree.posterior.z.attrs["units"] == "mag"
+    assert dict(tree.posterior.sizes) == {"chain": 1, "draw": 7, "row": N}
+    for group in ("posterior", "log_likelihood", "observed_data", "sample_stats", "posterior_predictive"):
+        assert tree[group]["row"].values.tolist() == [f"star {k}" for k in range(N)], group
+    np.testing.assert_allclose(tree.observed_data.y, DATA["y"])
+    assert {"lp", "log_q", "row_log_weight", "outside", "poor"} <= set(tree.sample_stats.data_vars)
+    assert tree.history.step.values.tolist() == [1, 2]
+    told = json.loads(tree.attrs["provenance"])
+    assert (told["template"], told["method"], told["draws"], told["draw_seed"]) == ("hierarchy", "svi", 7, 1)
+    assert told["data"]["sizes"] == {"row": N}
+    assert "created" in told
+
+
+def test_seeds_decide_the_draws_and_the_process_stream_stays(exact):
+    torch.manual_seed(4)
+    one, other, third = (draw(exact, LABELLED, 5, seed=s).posterior.to_dataset() for s in (0, 0, 1))
+    after = torch.rand(2)
+    torch.manual_seed(4)
+    assert torch.equal(after, torch.rand(2))
+    xr.testing.assert_equal(one, other)
+    assert not np.array_equal(one.z, third.z)
+
+
+def test_rows_in_chunks_follow_the_same_globals(exact, monkeypatch):
+    whole = draw(exact, LABELLED, 10, seed=2)
+    monkeypatch.setattr(draws_module, "AT_ONCE", 40)  # four rows at a time
+    parts = predict(exact, LABELLED, 10, seed=2)
+    assert {n: v.dims for n, v in parts.posterior.data_vars.items()} == {
+        n: v.dims for n, v in whole.posterior.data_vars.items()
+    }
+    xr.testing.assert_equal(parts.posterior.mu, whole.posterior.mu)
+    assert parts.posterior_predictive.y.shape == (1, 10, N)
+    evidence = float(log_evidence(torch.as_tensor(DATA["y"]), SPREAD))
+    np.testing.assert_allclose(
+        parts.sample_stats.lp - parts.sample_stats.log_q, evidence, atol=1e-5
+    )  # float32 of EXACT
+    centred = parts.posterior.z - (SHRINK * parts.observed_data.y + (1 - SHRINK) * parts.posterior.mu)
+    assert float(centred.std()) == pytest.approx(ROW_SD, rel=4 / 300**0.5)  # 4 standard errors of 150 numbers
+
+
+def test_rows_never_seen_get_their_posterior_in_one_pass(exact):
+    new = {"y": np.array([0.0, 1.5, 40.0])}
+    tree = draw(exact, new, 2000, seed=3)
+    given = SHRINK * new["y"] + (1 - SHRINK) * tree.posterior.mu.values[..., None]
+    residual = tree.posterior.z.values - given
+    np.testing.assert_allclose(residual.mean((0, 1)), 0, atol=4 * ROW_SD / 2000**0.5)  # 4 standard errors
+    assert tree.sample_stats.outside.values.tolist() == [
+        False,
+        False,
+        True,
+    ]  # 40 is beyond all that the fit has seen
+    told = json.loads(tree.attrs["provenance"])
+    assert told["data"]["sizes"] == {"row": 3}
+    assert told["fit_data"]["sizes"] == {"row": N}
+
+
+def test_several_fits_are_chains(exact):
+    other = fit(exact.template, LABELLED, replace(QUICK, seed=1, steps=3), progress=False)
+    tree = draw([exact, other], LABELLED, 6, seed=0)
+    assert tree.posterior.z.dims == ("chain", "draw", "row")
+    assert tree.posterior.sizes["chain"] == 2
+    assert not np.array_equal(tree.posterior.z[0], tree.posterior.z[1])
+    assert tree.history.objective.shape == (2, 3)
+    assert bool(np.isnan(tree.history.objective[0, 2]))
+    assert tree.sample_stats.lp.shape == (2, 6)
+    xr.testing.assert_equal(tree.posterior.z[0], draw(exact, LABELLED, 6, seed=0).posterior.z[0])
+    with pytest.raises(Unsupported, match="needs at least one fit"):
+        draw([], LABELLED)
+
+
+def test_a_guide_with_a_factor_per_row_knows_nothing_of_others():
+    table = replace(hierarchy(), guide=None, nets=None)
+    done = fit(table, DATA, QUICK, progress=False)
+    assert draw(done, DATA, 5).posterior.z.shape == (1, 5, N)
+    with pytest.raises(Unsupported, match="one factor for each row of the fit and knows nothing of others"):
+        draw(done, {"y": DATA["y"] + 1e-9}, 5)
+
+
+def test_a_missing_entry_is_forecast_from_the_population():
+    holed = {"y": DATA["y"].copy()}
+    holed["y"][[2, 7]] = np.nan
+    done = exact_fit(holed)
+    assert float(done.seen["y.max"]) == pytest.approx(np.nanmax(holed["y"]))
+    tree = predict(done, holed, 3000, seed=5)
+    assert np.isnan(tree.observed_data.y.values[[2, 7]]).all()
+    z, y = tree.posterior.z.values[0], tree.posterior_predictive.y.values[0]
+    np.testing.assert_allclose((y - z).mean(0), 0, atol=4 * NOISE / 3000**0.5)  # 4 standard errors
+    np.testing.assert_allclose((y - z).std(0), NOISE, rtol=4 / 6000**0.5)
+    assert not tree.log_likelihood.y.values[..., 2].any()
+    weight = tree.sample_stats.row_log_weight.values[0]
+    mu = tree.posterior.mu.values[0]  # the guide knows no gaps: it takes y at its feasible value, 0
+    place, width = (1 - SHRINK) * mu, ROW_SD
+    truth = stats.norm(mu, SPREAD).logpdf(z[:, 2]) - stats.norm(place, width).logpdf(z[:, 2])
+    np.testing.assert_allclose(weight[:, 2], truth, atol=1e-4)  # float32 of EXACT, at z up to 4 sd
+
+
+@pytest.mark.parametrize("ending", ["nc", "zarr"])
+def test_a_written_tree_is_read_back(exact, tmp_path, ending):
+    path = tmp_path / "made" / f"draws.{ending}"
+    tree = predict(exact, LABELLED, 5, seed=0, to=path)
+    with xr.open_datatree(path, engine="h5netcdf" if ending == "nc" else "zarr") as found:
+        assert sorted(found.groups) == sorted(tree.groups)
+        for group in tree.groups[1:]:
+            xr.testing.assert_equal(found[group].to_dataset(), tree[group].to_dataset())
+        assert found.attrs["provenance"] == tree.attrs["provenance"]
+        assert found["posterior"].z.attrs["units"] == "mag"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_refining_mends_rows_that_the_guide_serves_badly_and_measures_the_gap():
+    shift, log_sd = 1.8, float(np.log(0.25))
+    bad = exact_fit(coefficients=(*EXACT[:2], shift, log_sd))
+    before, after = (draw(bad, LABELLED, 500, seed=2, refine=r).sample_stats for r in (False, True))
+    assert before.poor.all()
+    truth = (
+        0.5 * ((np.exp(2 * log_sd) + shift**2) / ROW_SD**2 - 1) - log_sd + np.log(ROW_SD)
+    )  # KL of two normals
+    np.testing.assert_allclose(
+        after.amortisation_gap, truth, rtol=0.05
+    )  # 32 low-discrepancy points for E x**2
+
+    def share(weight):
+        weight = weight.values[0]
+        normal = np.exp(weight - weight.max(0))
+        normal = normal / normal.sum(0)
+        return 1 / (normal**2).sum(0) / len(weight)
+
+    # given the globals a refined row is exact but for the error of its fit
+    assert share(before.row_log_weight).max() < 0.2 < 0.5 < share(after.row_log_weight).min()
+    tree = draw(bad, LABELLED, 500, seed=2, refine=True)
+    residual = tree.posterior.z - (SHRINK * tree.observed_data.y + (1 - SHRINK) * tree.posterior.mu)
+    np.testing.assert_allclose(
+        residual.mean(("chain", "draw")), 0, atol=5 * ROW_SD / 500**0.5 + 0.02
+    )  # and fit error
+    np.testing.assert_allclose(residual.std(("chain", "draw")), ROW_SD, rtol=4 / 1000**0.5 + 0.03)
+    between = np.corrcoef(residual.values[0].T) - np.eye(N)
+    assert (
+        abs(between).max() < 5 / 500**0.5
+    )  # rows are drawn each on its own: 5 standard errors for 105 pairs
+
+
+def test_lp_less_log_q_of_refined_rows_is_their_weight():
+    bad = exact_fit(coefficients=(*EXACT[:2], 1.8, float(np.log(0.25))))
+    stats_of = draw(bad, LABELLED, 200, seed=2, refine=True).sample_stats
+    evidence = float(log_evidence(torch.as_tensor(DATA["y"]), SPREAD))
+    np.testing.assert_allclose(
+        (stats_of.lp - stats_of.log_q).mean(), evidence, atol=0.1
+    )  # nats: 15 rows, .005 each
+
+
+def test_rows_that_need_no_refining_have_no_gap(exact):
+    stats_of = draw(exact, LABELLED, 100, seed=0, refine=True).sample_stats
+    assert np.isnan(stats_of.amortisation_gap).all()
+
+
+# Two components: every row's responsibilities given their places have a closed form
+WEIGHTS, PLACES, WIDTH = np.array([0.35, 0.65]), np.array([-0.5, 1.2]), 0.8
+
+
+class Places(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc, self.log_sd = nn.Parameter(torch.tensor(PLACES)), nn.Parameter(torch.tensor([-2.0, -2.0]))
+
+
+def mixture_model(batch, prior, nets):
+    places = pyro.sample("places", dist.Normal(torch.zeros(2).to(batch.y), 3.0).to_event(1))
+    with batch.plate("row"):
+        which = pyro.sample("which", dist.Categorical(torch.as_tensor(WEIGHTS).to(batch.y)))
+        batch.observe("y", dist.Normal(Vindex(places)[..., which], WIDTH))
+
+
+def places_guide(batch, prior, nets):
+    pyro.sample("places", dist.Normal(nets.loc, nets.log_sd.exp()).to_event(1))
+
+
+mixture = Template(
+    name="mixture",
+    fields={"y": Field(("row",), "observed")},
+    rows="row",
+    model=mixture_model,
+    guide=places_guide,
+    nets=lambda sizes, prior: Places(),
+    dims={"places": ("component",), "which": ("row",)},
+    sizes={"component": 2},
+)
+
+
+def mixture_terms(places: np.ndarray) -> np.ndarray:
+    """log weight + log density of each component, (draw, row, component)."""
+    return np.log(WEIGHTS) + stats.norm(places[:, None], WIDTH).logpdf(DATA["y"][:, None])
+
+
+def test_discrete_latents_that_were_summed_are_drawn_by_their_responsibilities():
+    done = fit(mixture, DATA, replace(QUICK, estimator="enumerate"), progress=False)
+    tree = draw(done, DATA, 4000, seed=0)
+    terms = mixture_terms(tree.posterior.places.values[0])
+    responsibility = np.exp(terms[..., 1] - np.logaddexp(terms[..., 0], terms[..., 1]))
+    error = (responsibility * (1 - responsibility)).mean(0) ** 0.5 / 4000**0.5
+    which = tree.posterior.which.values[0]
+    assert (abs(which.mean(0) - responsibility.mean(0)) < 4 * error).all()  # 4 standard errors
+    assert tree.posterior.which.dims == ("chain", "draw", "row")
+
+
+def test_weights_of_summed_latents_are_those_of_the_sum():
+    done = fit(mixture, DATA, replace(QUICK, estimator="enumerate"), progress=False)
+    tree = draw(done, DATA, 30, seed=0)
+    places = tree.posterior.places.values[0]
+    marginal = np.logaddexp(*np.moveaxis(mixture_terms(places), -1, 0)).sum(1)
+    prior = stats.norm(0, 3).logpdf(places).sum(1)
+    guide = stats.norm(PLACES, np.exp(-2.0)).logpdf(places).sum(1)
+    found = (tree.sample_stats.lp - tree.sample_stats.log_q).values[0]
+    np.testing.assert_allclose(
+        found, marginal + prior - guide, atol=1e-5
+    )  # float32 rounding of two training steps
+    rows_of = np.logaddexp(*np.moveaxis(mixture_terms(places), -1, 0))
+    np.testing.assert_allclose(tree.sample_stats.row_log_weight.values[0], rows_of, atol=1e-5)
+
+
+def test_dims_that_do_not_fit_are_told_when_drawing():
+    def model(batch, prior, nets):
+        mu = pyro.sample("mu", dist.Normal(batch.y.new_tensor(0.0), 1.0))
+        pyro.deterministic("pair", torch.stack([mu, mu]).reshape(-1))  # does not take leading dims
+        with batch.plate("row"):
+            batch.observe("y", dist.Normal(mu, 1.0))
+
+    dims, sizes = {"mu": (), "pair": ("two", "three")}, {"two": 2, "three": 3}
+    bad = replace(conjugate.shared, model=model, guide=None, nets=None, dims=dims, sizes=sizes)
+    with pytest.raises(TemplateError, match='site "pair"'):
+        draw(fit(bad, DATA, QUICK, progress=False), DATA, 4)
+
+
+def test_a_simulation_without_a_maker_runs_the_model_forward():
+    table, truth = simulate(hierarchy(), {"row": 5000}, seed=2)
+    again, _ = simulate(hierarchy(), {"row": 5000}, seed=2)
+    xr.testing.assert_equal(table, again)
+    assert table.y.dims == ("row",)
+    assert float((table.y - truth.z).std()) == pytest.approx(NOISE, rel=4 / 10_000**0.5)  # 4 standard errors
+    assert float((truth.z - truth.mu).std()) == pytest.approx(SPREAD, rel=4 / 10_000**0.5)
+    with pytest.raises(TemplateError, match=r"simulate needs the size of \['row'\]"):
+        simulate(hierarchy(), {})
+
+
+def test_a_simulation_with_given_fields_takes_them_from_a_table():
+    template = replace(
+        conjugate.shared,
+        fields={"y": Field(("row",), "observed"), "sd": Field(("row",))},
+        model=lambda batch, prior, nets: _known_sd(batch),
+    )
+    like = pd.DataFrame({"y": np.zeros(6), "sd": [1e-6, 1e-6, 1e-6, 1e6, 1e6, 1e6]})
+    table, truth = simulate(template, {}, seed=0, like=like)
+    np.testing.assert_allclose(table.sd, like.sd)
+    residual = abs(table.y - truth.mu).values
+    assert residual[:3].max() < 1e-4 < 1e3 < residual[3:].min()
+
+
+def _known_sd(batch):
+    mu = pyro.sample("mu", dist.Normal(batch.y.new_tensor(0.0), 1.0))
+    with batch.plate("row"):
+        batch.observe("y", dist.Normal(mu, batch.sd))
