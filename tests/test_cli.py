@@ -252,7 +252,7 @@ def test_fit_draw_predict_and_report(here):
         assert json.loads(tree.attrs["provenance"])["prior"] == {"effect_sd": 10.0, "spread": 5.0}
     assert "provenance" in scivi("info", "out").stdout
 
-    scivi("draw", "out", "schools.csv", "--dim", "row=school", "--draws", "20", "--out", "drawn.nc")
+    scivi("draw", "out", "schools.csv", "--dim", "row=school", "--draws", "30", "--out", "drawn.nc")
     scivi("predict", "out/fit", "schools.nc", "--draws", "20", "--out", "predicted.zarr")
     told = json.loads(scivi("info", "predicted.zarr", "--json").stdout)
     assert told["groups"]["posterior_predictive"]["draw"] == 20

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
-from scivi.errors import TemplateError, Unsupported
+from scivi.errors import DataError, TemplateError, Unsupported, listed
 from scivi.inference import marginal
 from scivi.inference.discrete import complete, left_out
 from scivi.inference.loop import open_data
 from scivi.inference.refine import Refined, refine_rows
 from scivi.inference.scores import Placed, by_particle, by_row, log_prob, particle_plate, quiet, row_scale
 from scivi.inference.state import Fit
-from scivi.inference.trees import Named, arranged, dataset, save_tree, tree, units_of
+from scivi.inference.trees import Named, arranged, dataset, plain_labels, save_tree, tree, units_of
 from scivi.inputs.batches import Batch, chunks
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.sites import plates_of, row_dim_of, sample_sites
@@ -90,6 +88,7 @@ def draw(
     source = open_data(template, data)
     for one in fits:
         _check_rows(one, source)
+        _check_labels(one, source)
     chains = [_chain(one, source, draws, stream_seed(seed + k, "draws"), refine, predictive) for k, one in enumerate(fits)]
     groups = _groups(fits, source, chains, draws, seed)
     provenance = {**fits[0].provenance, "method": "svi", "draws": draws, "draw_seed": seed}
@@ -114,6 +113,16 @@ def _check_rows(fit: Fit, source: Any) -> None:
             f'the guide of "{fit.template.name}" holds one factor for each row of the fit and knows nothing of others; '
             f"draw from the data of the fit, or give the template an amortised guide."
         )
+
+
+def _check_labels(fit: Fit, source: Any) -> None:
+    """Data to draw from must have the labels of the fit along every dim that a population has."""
+    template = fit.template
+    shared = {d for dims in template.dims.values() if not set(dims) & set(template.row_dims) for d in dims}
+    here = {d: plain_labels(source.coords[d]) for d in sorted(shared & set(source.sizes) - set(template.coords))}
+    faults = [f'"{d}": {own} here, {fit.coords[d]} in the fit' for d, own in here.items() if own != fit.coords[d]]
+    if faults:
+        raise DataError(listed("these data have other labels than those of the fit; select or reorder them:", faults))
 
 
 def _chain(fit: Fit, source: Any, draws: int, seed: int, refine: bool, predictive: bool) -> Collected:
@@ -144,7 +153,7 @@ def _globals(bound: Bound, draws: int) -> dict[str, Tensor]:
 def _collect(
     out: Collected, fit: Fit, batch: Batch, draws: int, given: Mapping[str, Tensor], refine: bool, predictive: bool, first: bool
 ) -> None:
-    bound, rows = fit.bound, fit.template.row_dims
+    bound = fit.bound
     with particle_plate(draws, bound.nesting):
         with Placed(given, lambda name, _: given[name]):
             guide = poutine.trace(bound.guide).get_trace(batch)
@@ -319,8 +328,8 @@ def _weigh_globals(out: Collected, bound: Bound, source: Any, draws: int, given:
 def _groups(fits: Sequence[Fit], source: Any, chains: Sequence[Collected], draws: int, seed: int) -> dict[str, xr.Dataset]:
     template = fits[0].template
     sizes = template.all_sizes(source.sizes)
-    coords = {**{d: fits[0].coords.get(d, np.arange(n)) for d, n in sizes.items()}}
-    coords |= {d: source.coords[d] for d in source.sizes if d in template.row_dims}
+    coords = {d: source.coords[d] if d in source.sizes else np.arange(n) for d, n in sizes.items()}
+    coords |= {d: np.asarray(labels) for d, labels in template.coords.items()}
     units, row = units_of(template), template.row_dims[0]
 
     def stacked(which: str, dims: Mapping[str, tuple[str, ...]]) -> Named:

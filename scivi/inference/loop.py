@@ -25,6 +25,7 @@ from scivi.inference.recorder import Guarded, JsonLines, Recorder
 from scivi.inference.scores import quiet
 from scivi.inference.state import Fit, State, freeze, load_state, new_state, save_state, versions
 from scivi.inference.step import diagnose, is_finite, read_window, signal_to_noise, update
+from scivi.inference.trees import plain_labels
 from scivi.inputs.batches import Batch, Feed, chunks, make_batch
 from scivi.inputs.sources import open_source
 from scivi.models.binding import Bound, bind, stream_seed
@@ -394,7 +395,7 @@ def _frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) 
         "estimator": prepare(state.bound, state.bound.example, plan).estimator,
     }
     provenance = {**identity, "plan": plan.to_dict(), "seed": plan.seed, "device": plan.device, "versions": versions(), "fit": ended}
-    coords = {d: np.asarray(source.coords[d]).tolist() for d in source.sizes if d not in template.row_dims}
+    coords = {d: plain_labels(source.coords[d]) for d in source.sizes if d not in template.row_dims}
     coords |= {d: list(labels) for d, labels in template.coords.items()}
     return Fit(freeze(state.bound), coords, plan, _history(state.history), provenance, _seen(state, source))
 

@@ -50,6 +50,12 @@ def dataset(named: Named, coords: Mapping[str, Any], units: Mapping[str, str], *
     return group
 
 
+def plain_labels(labels: Any) -> list[Any]:
+    """Labels of a dim as JSON can hold them: dates as ISO strings."""
+    array = np.asarray(labels)
+    return (array.astype(str) if array.dtype.kind in "mM" else array).tolist()
+
+
 def units_of(template: Template) -> dict[str, str]:
     """Units of fields and reported sites."""
     return {**{name: f.unit for name, f in template.fields.items()}, **template.units}

@@ -64,7 +64,7 @@ def test_many_good_rows_need_a_check_of_the_population(catalogue):
 def test_how_the_population_was_finished_counts(catalogue, change, verdict, check):
     found = report(catalogue(rows=600, scale=0.85, finish=FINISH | change))
     assert found.attrs["verdict"] == verdict
-    assert failed(found) == {check}
+    assert check in failed(found)
 
 
 def test_nuts_on_the_same_rows_vouches_or_refutes(catalogue):

@@ -14,11 +14,11 @@ from pyro.ops.indexing import Vindex
 from scipy import stats
 from torch import nn
 
-from scivi.errors import TemplateError, Unsupported
+from scivi.errors import DataError, TemplateError, Unsupported
 from scivi.inference import draws as draws_module
 from scivi.inference.draws import draw, predict, simulate
 from scivi.inference.loop import fit
-from scivi.inference.state import Fit
+from scivi.inference.state import Fit, load, save
 from scivi.inputs.fields import Field
 from scivi.models.template import Template
 from tests.inference import conjugate
@@ -318,6 +318,30 @@ def test_weights_of_summed_latents_are_those_of_the_sum():
     )  # float32 rounding of two training steps
     rows_of = np.logaddexp(*np.moveaxis(mixture_terms(places), -1, 0))
     np.testing.assert_allclose(tree.sample_stats.row_log_weight.values[0], rows_of, atol=1e-5)
+
+
+def banded_model(batch, prior, nets):
+    mu = pyro.sample("mu", dist.Normal(batch.y.new_zeros(3), 1.0).to_event(1))
+    with batch.plate("row"):
+        batch.observe("y", dist.Normal(mu, 1.0).to_event(1))
+
+
+@pytest.mark.parametrize(
+    "labels", [["soft", "medium", "hard"], np.array(["2020-01-01", "2020-01-02", "2020-01-05"], "M8[ns]")]
+)
+def test_labels_survive_saving_and_must_be_those_of_the_fit(labels, tmp_path):
+    banded = Template(
+        name="banded",
+        fields={"y": Field(("row", "band"), "observed")},
+        rows="row",
+        model=banded_model,
+        dims={"mu": ("band",)},
+    )
+    data = xr.Dataset({"y": (("row", "band"), np.zeros((4, 3)))}, {"band": labels})
+    again = load(save(fit(banded, data, QUICK, progress=False), tmp_path), banded)
+    np.testing.assert_array_equal(draw(again, data, 3).posterior.band, labels)
+    with pytest.raises(DataError, match=r"other labels than those of the fit; .*\n  - .band.: \["):
+        draw(again, data.isel(band=[2, 1, 0]), 3)
 
 
 def test_dims_that_do_not_fit_are_told_when_drawing():

@@ -302,9 +302,15 @@ def places_guide(batch, prior, nets):
 
 
 mixture = Template(
-    name="mixture", fields=conjugate.FIELDS, rows="row", model=mixture_model, guide=places_guide,
-    dims={"places": ("component",), "which": ("row",)}, sizes={"component": 2}, nets=lambda sizes, prior: Places(),
-)  # fmt: skip
+    name="mixture",
+    fields=conjugate.FIELDS,
+    rows="row",
+    model=mixture_model,
+    guide=places_guide,
+    nets=lambda sizes, prior: Places(),
+    dims={"places": ("component",), "which": ("row",)},
+    sizes={"component": 2},
+)
 
 
 @pytest.mark.parametrize("particles", [1, 6])
@@ -433,7 +439,7 @@ def test_what_cannot_be_estimated_is_refused_with_what_to_do():
     with pytest.raises(
         Unsupported, match=r"enumerate.: the guide draws \['which'\] without .*Leave them out"
     ):
-        prepare(bound_to(responsible, whole_of), whole_of, plan(estimator="enumerate")).evaluate(whole_of)
+        prepare(drawn, batch, plan(estimator="enumerate")).evaluate(batch)
     lazy = replace(hierarchy(), guide=lambda batch, prior, nets: nets.globals(batch))
     with pytest.raises(TemplateError, match=r"the guide has no factor for \['z'\]"):
         prepare(bind(lazy, batch, 0), batch, plan(estimator="trace")).evaluate(batch)
@@ -447,7 +453,7 @@ def test_missing_entries_weigh_nothing():
     truth = conjugate.log_evidence(kept.y, conjugate.SPREAD)
     make_exact(bound, kept.y)
     found = evaluations(prepare(bound, holes, plan(estimator="marginal", nodes=21)), holes, 5)
-    # the guide of a missing row is that of the value in its place: nodes that far away leave 1e-3 of the integral
+    # the guide of a missing row is that of the value in its place: nodes that far away leave 1e-3
     torch.testing.assert_close(found, truth.expand(5), rtol=0, atol=1e-3)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pyro
 import pytest
@@ -60,7 +62,7 @@ def test_log_prob_is_the_integral_over_the_background(case):
             integrate.quad(
                 lambda b, n=n: stats.poisson.pmf(n, rate + b) * gamma.pdf(b), lo, hi, epsabs=0, epsrel=1e-10
             )[0]
-            for lo, hi in zip(ends[:-1], ends[1:], strict=True)
+            for lo, hi in pairwise(ends)
         )
         found = float(made(*case).log_prob(torch.tensor(float(n)).double()).exp())
         assert found == pytest.approx(
