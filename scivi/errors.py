@@ -63,4 +63,6 @@ def listed(title: str, faults: Iterable[str]) -> str:
 
 def missing_extra(package: str, extra: str) -> Unsupported:
     """The error for an optional dependency that is not installed."""
-    return Unsupported(f'"{package}" is not installed. It comes with the extra: pip install "scivi[{extra}]".')
+    return Unsupported(
+        f'"{package}" is not installed. It comes with the extra: pip install "scivi[{extra}]".'
+    )

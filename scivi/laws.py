@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +16,13 @@ from pyro import poutine
 from scipy.stats import binomtest
 from torch import Tensor
 
-from scivi.errors import DataError, SciVIError, Unsupported
+from scivi.errors import SciVIError, Unsupported
 from scivi.inference.draws import draw, simulate
 from scivi.inference.loop import begin, fit, open_data
 from scivi.inference.nuts import evenly
 from scivi.inference.objective import prepare
 from scivi.inference.plan import Plan
-from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate, quiet, run_pair
+from scivi.inference.scores import Placed, by_particle, log_prob, quiet, run_pair
 from scivi.inference.state import load, save
 from scivi.inference.step import update
 from scivi.inference.trees import dataset, units_of
@@ -33,14 +32,18 @@ from scivi.models.guides import JointNormalGuide
 from scivi.models.sites import sample_sites
 from scivi.models.template import Template
 
-ROWS, OTHERS = 24, 2  # entries of a row dim and of any other, where no data are given (our choice: quick, and uneven)
+ROWS, OTHERS = (
+    24,
+    2,
+)  # entries of a row dim and of any other, where no data are given (our choice: quick, and uneven)
 RECOVERY_ROWS = 100
 REPEATS = 40  # random partitions into minibatches
 WORST_Z = 4.0  # standard errors; by chance once in 15 000 templates
 LEVEL, WORST_P = 0.9, 1e-3  # nominal coverage, and the smallest p value of the binomial test
 RECOVERY = Plan(steps=1500, lr=1e-2, rows_per_batch=None, compile="off")
 
-# What a template's functions raise when they are at fault: ours, and what torch, pyro and a slip of the pen give.
+# What a template's functions raise when they are at fault: ours, and what torch, pyro and a slip of the pen
+# give.
 FAULTS = (SciVIError, RuntimeError, ValueError, AttributeError, TypeError, LookupError, ArithmeticError)
 
 
@@ -53,22 +56,23 @@ def check(template: Template, like: Any = None, seed: int = 0, *, recovery: int 
 
     Args:
         template: what is checked.
-        like: data; at most 24 of their rows are used. Without it the template's ``simulate``, or its model run
-            forward on feasible given fields, makes a small table.
+        like: data; at most 24 of their rows are used. Without it the template's ``simulate``, or its model
+            run forward on feasible given fields, makes a small table.
         seed: of everything.
         recovery: so many simulated data sets are also fitted, and the truth must lie in 90 % of the central
-            90 % intervals of the reported global sites. 20 see an interval that is half as wide as it should be.
+            90 % intervals of the reported global sites. 20 see an interval that is half as wide as it should
+            be.
 
     Returns:
-        Dim law (its names are the coordinate): ``ok``, and ``detail`` in words. ``attrs["ok"]`` is 1 if all hold.
-        ``.to_pandas()`` prints it as a table.
+        Dim law (its names are the coordinate): ``ok``, and ``detail`` in words. ``attrs["ok"]`` is 1 if all
+        hold. ``.to_pandas()`` prints it as a table.
 
     Raises:
         DataError: ``like`` does not fit the template's fields.
 
     Notes:
-        A few seconds; ``recovery`` adds a fit of 1500 steps for each data set. A law that does not apply to a template
-        holds, and its detail begins with "not applicable".
+        A few seconds; ``recovery`` adds a fit of 1500 steps for each data set. A law that does not apply to a
+        template holds, and its detail begins with "not applicable".
     """
     store = pyro.get_param_store()
     before = set(store.keys())
@@ -146,7 +150,9 @@ class Subject:
         template = self.template
         source = open_data(template, self.table)
         size = max(source.sizes.values())
-        return next(chunks(source, template.fields, template.row_dims, size, torch.device("cpu"), torch.float32))
+        return next(
+            chunks(source, template.fields, template.row_dims, size, torch.device("cpu"), torch.float32)
+        )
 
     @cached_property
     def bound(self) -> Bound:
@@ -172,7 +178,15 @@ class Subject:
         """A short fit."""
         rows = self.batch.n_rows()
         size = None if self.refusal else -(-rows // 2)
-        return Plan(steps=6, log_every=2, rows_per_batch=size, particles=2, newton=False, compile="off", seed=self.seed)
+        return Plan(
+            steps=6,
+            log_every=2,
+            rows_per_batch=size,
+            particles=2,
+            newton=False,
+            compile="off",
+            seed=self.seed,
+        )
 
 
 def _few_rows(template: Template, like: Any) -> xr.Dataset:
@@ -224,7 +238,7 @@ def _coverage(one: Subject) -> str:
 def _store(one: Subject) -> str:
     """Pyro's process-wide parameter store is left as it was."""
     store = pyro.get_param_store()
-    before = {name: store[name].detach().clone() for name in store.keys()}  # noqa: SIM118  (a store, not a dict)
+    before = {name: store[name].detach().clone() for name in store.keys()}
     for run in (one.bound.guide, one.bound.model):
         run(one.batch)
     added = sorted(set(store.keys()) - set(before))
@@ -252,7 +266,9 @@ def _gradients(one: Subject) -> str:
             if bad := [name for name, slope in slopes.items() if not bool(torch.isfinite(slope).all())]:
                 raise Broken(f"at step {step} the gradient of {bad} is not finite")
             reached |= {name for name, slope in slopes.items() if bool((slope != 0).any())}
-    unreached = [n for n, p in parameters.items() if p.requires_grad and n not in reached | _idle(state.bound)]
+    unreached = [
+        n for n, p in parameters.items() if p.requires_grad and n not in reached | _idle(state.bound)
+    ]
     if unreached:
         raise Broken(f"no gradient reaches {unreached}")
     return f'{len(reached)} parameters, estimator "{objective.estimator}"'
@@ -261,7 +277,9 @@ def _gradients(one: Subject) -> str:
 def _idle(bound: Bound) -> set[str]:
     """Parameters that a joint normal of one dimension has no use for: there is nothing to correlate."""
     joint = {n: m for n, m in bound.nets.named_modules() if isinstance(m, JointNormalGuide)}
-    return {f"{name}.factor" for name, module in joint.items() if module.loc.numel() == 1 and module.rank is None}
+    return {
+        f"{name}.factor" for name, module in joint.items() if module.loc.numel() == 1 and module.rank is None
+    }
 
 
 def _unbiased(one: Subject) -> str:
@@ -329,7 +347,9 @@ def _particles(one: Subject) -> str:
     """Leading dims of draws pass through model and guide, and change no density."""
     bound, batch, template = one.bound, one.batch, one.template
     discrete = tuple(s.name for s in bound.sites if s.discrete)
-    if discrete and not {name for name, _ in sample_sites(poutine.trace(bound.guide).get_trace(batch))} >= set(discrete):
+    if discrete and not {
+        name for name, _ in sample_sites(poutine.trace(bound.guide).get_trace(batch))
+    } >= set(discrete):
         return "not applicable: discrete latents are summed"
     with torch.no_grad(), quiet():
         like = run_pair(bound, batch)
@@ -338,7 +358,9 @@ def _particles(one: Subject) -> str:
         for name, dims in template.dims.items():
             value, n = two.model.nodes[name]["value"], int(np.prod([sizes[d] for d in dims]))
             if value.numel() not in (n, 2 * n):
-                raise Broken(f'site "{name}" has shape {tuple(value.shape)} with two draws; dims says {dims}: {n} each')
+                raise Broken(
+                    f'site "{name}" has shape {tuple(value.shape)} with two draws; dims says {dims}: {n} each'
+                )
         for k in range(2):
             single = _placed(bound, batch, two.guide, like.guide, k)
             for side, both in (("guide", two.guide), ("model", two.model)):
@@ -346,7 +368,9 @@ def _particles(one: Subject) -> str:
     return "two draws at once score as two single ones"
 
 
-def _placed(bound: Bound, batch: Batch, two: poutine.Trace, like: poutine.Trace, k: int) -> dict[str, poutine.Trace]:
+def _placed(
+    bound: Bound, batch: Batch, two: poutine.Trace, like: poutine.Trace, k: int
+) -> dict[str, poutine.Trace]:
     """Traces of a single run on the values of the k-th of two draws."""
     values: dict[str, Tensor] = {}
     for name, site in sample_sites(two):
@@ -387,7 +411,7 @@ def _simulate(one: Subject) -> str:
     table, truth = one.simulated(one.seed + 1)
     open_data(one.template, table)
     unknown = sorted(str(name) for name in truth.data_vars if name not in one.template.dims)
-    wrong = [f'truth "{name}" is not in dims'for name in unknown]
+    wrong = [f'truth "{name}" is not in dims' for name in unknown]
     wrong += [
         f'truth "{name}" has dims {truth[name].dims}; declared are {dims}'
         for name, dims in one.template.dims.items()
@@ -411,10 +435,16 @@ def _recovery(one: Subject, repeats: int) -> str:
             if name not in truth or set(dims) & set(template.row_dims):
                 continue
             low, high = (posterior[name].quantile(q, ("chain", "draw")).values for q in (0.05, 0.95))
-            inside.setdefault(name, []).append(((truth[name].values >= low) & (truth[name].values <= high)).reshape(-1))
-            fixed = posterior[name].values.std((0, 1)).reshape(-1) == 0  # such as the diagonal of a correlation
+            inside.setdefault(name, []).append(
+                ((truth[name].values >= low) & (truth[name].values <= high)).reshape(-1)
+            )
+            fixed = (
+                posterior[name].values.std((0, 1)).reshape(-1) == 0
+            )  # such as the diagonal of a correlation
             inside[name][-1] = np.where(fixed, np.nan, inside[name][-1])
-    covered = {f"{name}[{j}]": column for name, rows_ in inside.items() for j, column in enumerate(np.array(rows_).T)}
+    covered = {
+        f"{name}[{j}]": column for name, rows_ in inside.items() for j, column in enumerate(np.array(rows_).T)
+    }
     covered = {name: column for name, column in covered.items() if not np.isnan(column).any()}
     if not covered:
         return "not applicable: no global site has a truth"

@@ -1,7 +1,7 @@
 """Photon counts of a catalogue of sources: brightness of each source, and of their population, in one or more bands.
 
-For source i and band k, with log brightness u (natural log of a flux in the unit that ``exposure`` is per) and log
-background v (natural log of the expected background counts in the source aperture):
+For source i and band k, with log brightness u (natural log of a flux in the unit that ``exposure`` is per)
+and log background v (natural log of the expected background counts in the source aperture):
 
     x_i      = (reference, colours)         ~ Normal(mean, scatter, correlation)
     u_i      = cumulative sum of x_i          (u_1 = reference, u_k - u_{k-1} = colour k)
@@ -9,16 +9,18 @@ background v (natural log of the expected background counts in the source apertu
     n_on_ik  ~ Poisson(E_ik f_ik exp(u_ik) + exp(v_ik))
     n_off_ik ~ Poisson(exp(v_ik) / alpha_ik + E_ik g_ik exp(u_ik))
 
-E is exposure x effective area (counts per unit flux), f and g are the fractions of the point-spread function inside the
-source and the background aperture, alpha is the ratio of source to background area (exposure included).
+E is exposure x effective area (counts per unit flux), f and g are the fractions of the point-spread function
+inside the source and the background aperture, alpha is the ratio of source to background area (exposure
+included).
 
-Three treatments of the background: ``template`` learns its distribution (above), ``flat`` puts a flat prior on each
-exp(v) >= 0 and sums it out exactly, ``known`` takes it as given. ``make`` offers the rest: catalogues cut at a number of
-counts, whose selection is divided out.
+Three treatments of the background: ``template`` learns its distribution (above), ``flat`` puts a flat prior
+on each exp(v) >= 0 and sums it out exactly, ``known`` takes it as given. ``make`` offers the rest: catalogues
+cut at a number of counts, whose selection is divided out.
 
-The guide is a normal at the Laplace approximation of each source, bent by sinh-arcsinh and corrected by a small network
-on clamped features. The corrections are in units of the source's own posterior sd in ln(flux): they vanish as counts grow
-and the Laplace approximation becomes exact, so that the guide stays right far outside the range it was trained on.
+The guide is a normal at the Laplace approximation of each source, bent by sinh-arcsinh and corrected by a
+small network on clamped features. The corrections are in units of the source's own posterior sd in ln(flux):
+they vanish as counts grow and the Laplace approximation becomes exact, so that the guide stays right far
+outside the range it was trained on.
 
 References:
     Primini and Kashyap 2014, ApJ 796, 24, doi:10.1088/0004-637X/796/1/24 (apertures and background).
@@ -32,7 +34,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyro
@@ -57,7 +59,9 @@ class Prior:
     brightness_mean: float = 0.0  # ln(flux unit); centre of the population's mean in the first band
     brightness_sd: float = 5.0  # ln(flux unit)
     colour_sd: float = 3.0  # ln(flux ratio); of the mean colours
-    scatter: float = 2.0  # ln(flux); half-normal scale of the population's scatter, in brightness and in colours
+    scatter: float = (
+        2.0  # ln(flux); half-normal scale of the population's scatter, in brightness and in colours
+    )
     correlation: float = 2.0  # LKJ concentration; 1 is uniform
     background_mean: float = 0.0  # ln(counts in the source aperture)
     background_sd: float = 5.0  # ln(counts)
@@ -65,18 +69,38 @@ class Prior:
 
 
 FIELDS = {
-    "n_on": Field(("source", "band"), "observed", constraints.nonnegative_integer, "ct", "counts in the source aperture"),
-    "n_off": Field(("source", "band"), "observed", constraints.nonnegative_integer, "ct", "counts in the background aperture"),
-    "alpha": Field(("source", "band"), "given", constraints.positive, "1", "source over background area x exposure"),
-    "exposure": Field(("source", "band"), "given", constraints.positive, "ct / flux", "counts per unit flux", default=1.0),
-    "source_fraction": Field(("source", "band"), "given", constraints.positive, "1", "PSF in source aperture", default=1.0),
+    "n_on": Field(
+        ("source", "band"), "observed", constraints.nonnegative_integer, "ct", "counts in the source aperture"
+    ),
+    "n_off": Field(
+        ("source", "band"),
+        "observed",
+        constraints.nonnegative_integer,
+        "ct",
+        "counts in the background aperture",
+    ),
+    "alpha": Field(
+        ("source", "band"), "given", constraints.positive, "1", "source over background area x exposure"
+    ),
+    "exposure": Field(
+        ("source", "band"), "given", constraints.positive, "ct / flux", "counts per unit flux", default=1.0
+    ),
+    "source_fraction": Field(
+        ("source", "band"), "given", constraints.positive, "1", "PSF in source aperture", default=1.0
+    ),
     "spill_fraction": Field(
         ("source", "band"), "given", constraints.nonnegative, "1", "PSF in background aperture", default=0.0
     ),
 }
-FIELDS["e_min"] = Field(("band",), "given", constraints.nonnegative, "keV", "lower edge; 0 if unknown", default=0.0)
-FIELDS["e_max"] = Field(("band",), "given", constraints.nonnegative, "keV", "upper edge; 0 if unknown", default=0.0)
-BACKGROUND = Field(("source", "band"), "given", constraints.positive, "ct", "expected background in source aperture")
+FIELDS["e_min"] = Field(
+    ("band",), "given", constraints.nonnegative, "keV", "lower edge; 0 if unknown", default=0.0
+)
+FIELDS["e_max"] = Field(
+    ("band",), "given", constraints.nonnegative, "keV", "upper edge; 0 if unknown", default=0.0
+)
+BACKGROUND = Field(
+    ("source", "band"), "given", constraints.positive, "ct", "expected background in source aperture"
+)
 EDGES = {  # keV; Chandra Source Catalog 2.0, energy bands (Evans et al. 2010, ApJS 189, 37, table 4)
     "ultrasoft": (0.2, 0.5),
     "soft": (0.5, 1.2),
@@ -130,7 +154,9 @@ def model(batch: Batch, prior: Prior, nets: nn.Module | None, *, background: Bac
         "scatter": pyro.sample("scatter", dist.HalfNormal(prior.scatter * ones).to_event(1)),
     }
     if len(ones) > 1:
-        values["correlation_tril"] = pyro.sample("correlation_tril", dist.LKJCholesky(len(ones), prior.correlation * ones[0]))
+        values["correlation_tril"] = pyro.sample(
+            "correlation_tril", dist.LKJCholesky(len(ones), prior.correlation * ones[0])
+        )
     if background == "hierarchical":
         level = dist.Normal(prior.background_mean * ones, prior.background_sd * ones).to_event(1)
         values["background_mu"] = pyro.sample("background_mu", level)
@@ -140,7 +166,9 @@ def model(batch: Batch, prior: Prior, nets: nn.Module | None, *, background: Bac
     pyro.deterministic("mu", pop.mu, event_dim=1)
     pyro.deterministic("sigma", pop.sigma, event_dim=1)
     covariance = pop.tril @ pop.tril.mT
-    pyro.deterministic("correlation", covariance / (pop.sigma.unsqueeze(-1) * pop.sigma.unsqueeze(-2)), event_dim=2)
+    pyro.deterministic(
+        "correlation", covariance / (pop.sigma.unsqueeze(-1) * pop.sigma.unsqueeze(-2)), event_dim=2
+    )
     with batch.plate("source"):
         u = pyro.sample("log_brightness", _normal(pop.mu, pop.tril))
         source = batch.exposure * batch.source_fraction * u.exp()
@@ -150,7 +178,9 @@ def model(batch: Batch, prior: Prior, nets: nn.Module | None, *, background: Bac
             batch.observe("n_on", counts.to_event(1))
             return
         if background == "hierarchical":
-            v = pyro.sample("log_background", dist.Normal(pop.background_mu, pop.background_sigma).to_event(1))
+            v = pyro.sample(
+                "log_background", dist.Normal(pop.background_mu, pop.background_sigma).to_event(1)
+            )
             level = v.exp()
         else:
             level = batch.background
@@ -162,14 +192,19 @@ def model(batch: Batch, prior: Prior, nets: nn.Module | None, *, background: Bac
 
 
 def _log_detected(batch: Batch, pop: Population, cut: int, n_u: int = 15, n_v: int = 7) -> Tensor:
-    """log P(n_on >= cut in the first band | population), each source, by Gauss-Hermite quadrature."""
-    x, w = (torch.as_tensor(a, dtype=batch.alpha.dtype, device=batch.alpha.device) for a in np.polynomial.hermite_e.hermegauss(n_u))
+    """Log P(n_on >= cut in the first band | population), each source, by Gauss-Hermite quadrature."""
+    x, w = (
+        torch.as_tensor(a, dtype=batch.alpha.dtype, device=batch.alpha.device)
+        for a in np.polynomial.hermite_e.hermegauss(n_u)
+    )
     u = pop.mu[..., 0, None] + pop.sigma[..., 0, None] * x
     rate = (batch.exposure * batch.source_fraction)[..., 0, None] * u.exp()
     if pop.background_mu is None or pop.background_sigma is None:
         p = torch.special.gammainc(torch.full_like(rate, cut), rate + batch.background[..., 0, None])
         return (p * (w / w.sum())).sum(-1).log()
-    y, q = (torch.as_tensor(a, dtype=x.dtype, device=x.device) for a in np.polynomial.hermite_e.hermegauss(n_v))
+    y, q = (
+        torch.as_tensor(a, dtype=x.dtype, device=x.device) for a in np.polynomial.hermite_e.hermegauss(n_v)
+    )
     level = (pop.background_mu[..., 0, None] + pop.background_sigma[..., 0, None] * y).exp()
     total = rate.unsqueeze(-1) + level.unsqueeze(-2)
     p = torch.special.gammainc(torch.full_like(total, cut), total)
@@ -188,7 +223,10 @@ class Nets(nn.Module):
             "mean": ((n,), constraints.real),
             "scatter": ((n,), constraints.positive),
         }
-        start = {"mean": torch.full((n,), prior.brightness_mean), "scatter": torch.full((n,), half * prior.scatter)}
+        start = {
+            "mean": torch.full((n,), prior.brightness_mean),
+            "scatter": torch.full((n,), half * prior.scatter),
+        }
         if n > 1:
             sites["correlation_tril"] = ((n, n), constraints.corr_cholesky)
             start["correlation_tril"] = torch.eye(n)
@@ -230,8 +268,9 @@ def _curvature(
 ) -> tuple[Tensor, Tensor]:
     """Gradient (*, 2 band) and negative Hessian (*, 2 band, 2 band) of the log joint density in (u, v).
 
-    Where the observed curvature of a band is not positive definite beside the weakest that the prior can add, the
-    expected one stands in. (A covariance is at most band times its diagonal, so the prior adds at least sigma**-2 / band.)
+    Where the observed curvature of a band is not positive definite beside the weakest that the prior can add,
+    the expected one stands in. (A covariance is at most band times its diagonal, so the prior adds at least
+    sigma**-2 / band.)
     """
     u, v = point.chunk(2, -1)
     v_mean, v_precision, v_slope = v_prior
@@ -244,7 +283,9 @@ def _curvature(
     huu, hvv, huv = s + g - cross, b + o - cross, cross
     least = pop.sigma.pow(-2) / u.shape[-1]
     hvv_all = hvv + v_precision
-    bad = (hvv_all <= 0) | ((huu + least) * hvv_all - huv.square() <= 1e-4 * (huu.abs() + least) * hvv_all.abs())
+    bad = (hvv_all <= 0) | (
+        (huu + least) * hvv_all - huv.square() <= 1e-4 * (huu.abs() + least) * hvv_all.abs()
+    )
     huu = torch.where(bad, s * s / on + g * g / off, huu)
     hvv = torch.where(bad, b * b / on + o * o / off, hvv) + v_precision
     huv = torch.where(bad, s * b / on + g * o / off, huv)
@@ -334,10 +375,13 @@ def guide(batch: Batch, prior: Prior, nets: Nets, *, background: Background) -> 
             pyro.sample("log_background", guides.skew_normal(centre, v_tril, v_skew, v_tail.exp()))
 
 
-def simulate(sizes: Mapping[str, int], prior: Prior, generator: torch.Generator, *, background: Background, cut: int) -> tuple[xr.Dataset, xr.Dataset]:
+def simulate(
+    sizes: Mapping[str, int], prior: Prior, generator: torch.Generator, *, background: Background, cut: int
+) -> tuple[xr.Dataset, xr.Dataset]:
     """A catalogue with exposures and area ratios like those of a real field, and the truth behind it.
 
-    Populations are drawn from the prior narrowed to a range in which most sources have a few to a few hundred counts.
+    Populations are drawn from the prior narrowed to a range in which most sources have a few to a few hundred
+    counts.
 
     Args:
         sizes: number of sources and bands ("source", "band"; one band if absent).
@@ -399,7 +443,11 @@ def overlapping(values: Mapping[str, np.ndarray], coords: Mapping[str, np.ndarra
     faults = []
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            if a in edges and b in edges and max(edges[a][0], edges[b][0]) < min(edges[a][1], edges[b][1]) - 1e-9:
+            if (
+                a in edges
+                and b in edges
+                and max(edges[a][0], edges[b][0]) < min(edges[a][1], edges[b][1]) - 1e-9
+            ):
                 lo, hi = max(edges[a][0], edges[b][0]), min(edges[a][1], edges[b][1])
                 faults.append(
                     f'bands "{a}" and "{b}" overlap between {lo:g} and {hi:g} keV, so they share photons; '
@@ -412,19 +460,30 @@ def make(background: Background = "hierarchical", *, cut: int = 0, prior: Prior 
     """A photon template.
 
     Args:
-        background: "hierarchical" learns the distribution of log background over sources; "flat" sums out a flat prior
-            on each; "known" takes the field ``background``.
-        cut: fewest counts in the first band with which a source enters the catalogue; the chance of that is divided
-            out, so that the population is that of the sky and not of the catalogue. 0 for no cut.
+        background: "hierarchical" learns the distribution of log background over sources; "flat" sums out a
+            flat prior on each; "known" takes the field ``background``.
+        cut: fewest counts in the first band with which a source enters the catalogue; the chance of that is
+            divided out, so that the population is that of the sky and not of the catalogue. 0 for no cut.
         prior: numbers of the model.
     """
     if cut and background == "flat":
-        raise ValueError('cut needs the distribution of the background: use background="hierarchical" or "known".')
+        raise ValueError(
+            'cut needs the distribution of the background: use background="hierarchical" or "known".'
+        )
     fields = dict(FIELDS)
-    dims = {"mu": ("band",), "sigma": ("band",), "correlation": ("band", "band_other"), "log_brightness": ("source", "band")}
+    dims = {
+        "mu": ("band",),
+        "sigma": ("band",),
+        "correlation": ("band", "band_other"),
+        "log_brightness": ("source", "band"),
+    }
     units = {"mu": "ln flux", "sigma": "ln flux", "correlation": "1", "log_brightness": "ln flux"}
     if background == "hierarchical":
-        dims |= {"background_mu": ("band",), "background_sigma": ("band",), "log_background": ("source", "band")}
+        dims |= {
+            "background_mu": ("band",),
+            "background_sigma": ("band",),
+            "log_background": ("source", "band"),
+        }
         units |= {"background_mu": "ln ct", "background_sigma": "ln ct", "log_background": "ln ct"}
     if background == "known":
         fields = {name: f for name, f in fields.items() if name != "n_off"} | {"background": BACKGROUND}

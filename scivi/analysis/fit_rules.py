@@ -164,7 +164,9 @@ def _weighed(table: xr.Dataset) -> list[Check]:
     text = f"Weighing the population by its marginal posterior moves no mean by more than {value:.2f} sd ({name}; {numbers})."
     bad = f"Weighing the population by its marginal posterior moves the mean of {name} by {value:.2f} sd ({numbers})."
     advice = "Take the corrected means of analysis.population_reliability, or run scivi.nuts."
-    return [either("population", value, weights.SHIFT_SD, value <= weights.SHIFT_SD, "care", text, bad, advice)]
+    return [
+        either("population", value, weights.SHIFT_SD, value <= weights.SHIFT_SD, "care", text, bad, advice)
+    ]
 
 
 def _sampled(finish: Mapping[str, Any]) -> list[Check]:

@@ -123,14 +123,17 @@ def population_reliability(
         shift: largest |corrected mean - mean| to accept, in posterior sd, beyond two Monte Carlo errors.
 
     Returns:
-        As `reliability` does, for the variables that do not run over rows; ``draws`` counts the weighted ones.
+        As `reliability` does, for the variables that do not run over rows; ``draws`` counts the weighted
+        ones.
 
     Raises:
         DataError: no such weights were stored (too many rows to integrate at each draw), or fewer than 25.
     """
     stats = groups.group(tree, "sample_stats")
     if "global_log_weight" not in stats:
-        raise DataError('"sample_stats" has no "global_log_weight": the rows were not integrated at each draw.')
+        raise DataError(
+            '"sample_stats" has no "global_log_weight": the rows were not integrated at each draw.'
+        )
     every = stats["global_log_weight"].astype(float).transpose(*groups.SAMPLE).values
     some = np.isfinite(every).all(0)
     found = _judged(tree, every[:, some], groups.population_names(tree), threshold, shift, some)

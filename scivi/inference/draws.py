@@ -27,7 +27,9 @@ from scivi.models.sites import plates_of, row_dim_of, sample_sites
 from scivi.models.template import Template
 
 AT_ONCE = 2**20  # draws x rows held at once (our choice: a few hundred MB with a dozen sites)
-POOR_SHARE = 0.2  # share of effective draws under which a row's amortised posterior counts as poor (our choice)
+POOR_SHARE = (
+    0.2  # share of effective draws under which a row's amortised posterior counts as poor (our choice)
+)
 WEIGHED_DRAWS = 400  # draws whose global weight is worked out by integrating all rows
 FEWEST_WEIGHED = 50  # fewer draws say nothing about the weights' tail
 WEIGHED_NODES = 2**27  # rows x nodes x draws above which it is not (our choice: about a minute)
@@ -64,22 +66,25 @@ def draw(
         draws: from each fit.
         seed: of the draws.
         to: also write the tree there: .nc, or .zarr, to which rows are written as they come.
-        refine: improve, one by one, the rows that lie outside what the fit has seen or whose weights are poor, and
-            report the amortisation gap of each.
+        refine: improve, one by one, the rows that lie outside what the fit has seen or whose weights are
+            poor, and report the amortisation gap of each.
         predictive: also draw the observed fields anew.
 
     Returns:
-        Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats and history. In sample_stats:
-        ``lp`` and ``log_q`` (chain, draw), log densities of model and guide over all rows; ``row_log_weight`` (chain,
-        draw, row), the log importance weight of a row's latents given the globals; ``outside`` and ``poor`` (row);
-        ``global_log_weight`` (chain, draw), that of the globals with all rows integrated, where affordable.
+        Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats and history. In
+        sample_stats: ``lp`` and ``log_q`` (chain, draw), log densities of model and guide over all rows;
+            ``row_log_weight`` (chain,
+        draw, row), the log importance weight of a row's latents given the globals; ``outside`` and ``poor``
+        (row); ``global_log_weight`` (chain, draw), that of the globals with all rows integrated, where
+        affordable.
 
     Raises:
         DataError: the data do not fit the template.
         Unsupported: the guide is not amortised and these are not the rows of the fit.
 
     Notes:
-        A guide draws one value of the globals for each draw and every row follows it. Time grows with rows x draws.
+        A guide draws one value of the globals for each draw and every row follows it. Time grows with rows x
+        draws.
     """
     fits = [fit] if isinstance(fit, Fit) else list(fit)
     if not fits:
@@ -89,7 +94,10 @@ def draw(
     for one in fits:
         _check_rows(one, source)
         _check_labels(one, source)
-    chains = [_chain(one, source, draws, stream_seed(seed + k, "draws"), refine, predictive) for k, one in enumerate(fits)]
+    chains = [
+        _chain(one, source, draws, stream_seed(seed + k, "draws"), refine, predictive)
+        for k, one in enumerate(fits)
+    ]
     groups = _groups(fits, source, chains, draws, seed)
     provenance = {**fits[0].provenance, "method": "svi", "draws": draws, "draw_seed": seed}
     provenance["data"] = {"fingerprint": source.fingerprint, "sizes": dict(source.sizes)}
@@ -101,7 +109,13 @@ def draw(
 
 
 def predict(
-    fit: Fit | Sequence[Fit], data: Any, draws: int = 1000, *, seed: int = 0, to: str | Path | None = None, refine: bool = False
+    fit: Fit | Sequence[Fit],
+    data: Any,
+    draws: int = 1000,
+    *,
+    seed: int = 0,
+    to: str | Path | None = None,
+    refine: bool = False,
 ) -> xr.DataTree:
     """``draw``, with a group ``posterior_predictive`` in which missing entries of the data are forecasts."""
     return draw(fit, data, draws, seed=seed, to=to, refine=refine, predictive=True)
@@ -119,10 +133,16 @@ def _check_labels(fit: Fit, source: Any) -> None:
     """Data to draw from must have the labels of the fit along every dim that a population has."""
     template = fit.template
     shared = {d for dims in template.dims.values() if not set(dims) & set(template.row_dims) for d in dims}
-    here = {d: plain_labels(source.coords[d]) for d in sorted(shared & set(source.sizes) - set(template.coords))}
-    faults = [f'"{d}": {own} here, {fit.coords[d]} in the fit' for d, own in here.items() if own != fit.coords[d]]
+    here = {
+        d: plain_labels(source.coords[d]) for d in sorted(shared & set(source.sizes) - set(template.coords))
+    }
+    faults = [
+        f'"{d}": {own} here, {fit.coords[d]} in the fit' for d, own in here.items() if own != fit.coords[d]
+    ]
     if faults:
-        raise DataError(listed("these data have other labels than those of the fit; select or reorder them:", faults))
+        raise DataError(
+            listed("these data have other labels than those of the fit; select or reorder them:", faults)
+        )
 
 
 def _chain(fit: Fit, source: Any, draws: int, seed: int, refine: bool, predictive: bool) -> Collected:
@@ -133,7 +153,9 @@ def _chain(fit: Fit, source: Any, draws: int, seed: int, refine: bool, predictiv
     size = max(1, AT_ONCE // draws) if bound.nets.guide is None or bound.amortised else whole
     out, given = Collected(), None
     with seeded(seed, some.device), torch.no_grad(), quiet():
-        for batch in chunks(source, bound.template.fields, bound.template.row_dims, size, some.device, some.dtype):
+        for batch in chunks(
+            source, bound.template.fields, bound.template.row_dims, size, some.device, some.dtype
+        ):
             given = _globals(bound, draws) if given is None else given
             _collect(out, fit, batch, draws, given, refine, predictive, first=not out.rows)
         finished = fit.provenance["fit"]["finish"].get("method")
@@ -151,7 +173,14 @@ def _globals(bound: Bound, draws: int) -> dict[str, Tensor]:
 
 
 def _collect(
-    out: Collected, fit: Fit, batch: Batch, draws: int, given: Mapping[str, Tensor], refine: bool, predictive: bool, first: bool
+    out: Collected,
+    fit: Fit,
+    batch: Batch,
+    draws: int,
+    given: Mapping[str, Tensor],
+    refine: bool,
+    predictive: bool,
+    first: bool,
 ) -> None:
     bound = fit.bound
     with particle_plate(draws, bound.nesting):
@@ -180,7 +209,9 @@ def _collect(
             with Placed(values, lambda name, _: values[name]):
                 again = poutine.trace(bound.model).get_trace(batch.predict())
         for name in fit.template.observed:
-            out.predictive.setdefault(name, []).append(_field_values(again.nodes[name], fit.template, name, batch, draws))
+            out.predictive.setdefault(name, []).append(
+                _field_values(again.nodes[name], fit.template, name, batch, draws)
+            )
     found = {"outside": outside, "poor": poor}
     if weight is not None:
         found["row_log_weight"] = weight.cpu().numpy()
@@ -193,7 +224,9 @@ def _collect(
         out.rows.setdefault(name, []).append(values)
 
 
-def _run_model(bound: Bound, batch: Batch, guide: poutine.Trace, draws: int) -> tuple[poutine.Trace, poutine.Trace]:
+def _run_model(
+    bound: Bound, batch: Batch, guide: poutine.Trace, draws: int
+) -> tuple[poutine.Trace, poutine.Trace]:
     """Guide and model on the guide's values; discrete latents that the guide leaves out are drawn given the data."""
     if left_out(bound, guide):
         return complete(bound, batch, guide, draws)
@@ -206,7 +239,9 @@ def _shape(template: Template, dims: Sequence[str], batch: Batch) -> list[int]:
     return [batch.n_rows(d) if d in template.row_dims else sizes[d] for d in dims]
 
 
-def _gather_sites(out: Collected, template: Template, model: poutine.Trace, batch: Batch, draws: int, first: bool) -> None:
+def _gather_sites(
+    out: Collected, template: Template, model: poutine.Trace, batch: Batch, draws: int, first: bool
+) -> None:
     for name, dims in template.dims.items():
         if not first and not set(dims) & set(template.row_dims):
             continue
@@ -227,11 +262,15 @@ def _gather_sites(out: Collected, template: Template, model: poutine.Trace, batc
         out.dims[f"log_likelihood {name}"] = dims
 
 
-def _field_values(node: Mapping[str, Any], template: Template, name: str, batch: Batch, draws: int) -> np.ndarray:
+def _field_values(
+    node: Mapping[str, Any], template: Template, name: str, batch: Batch, draws: int
+) -> np.ndarray:
     return arranged(node["value"], draws, _shape(template, template.fields[name].dims, batch))
 
 
-def _gather_densities(out: Collected, bound: Bound, guide: poutine.Trace, model: poutine.Trace, batch: Batch, first: bool) -> None:
+def _gather_densities(
+    out: Collected, bound: Bound, guide: poutine.Trace, model: poutine.Trace, batch: Batch, first: bool
+) -> None:
     """Add the chunk's log densities; those of the globals once."""
     rows = bound.template.row_dims
     for trace, side in ((model, "log_joint"), (guide, "log_guide")):
@@ -245,7 +284,9 @@ def _gather_densities(out: Collected, bound: Bound, guide: poutine.Trace, model:
         setattr(out, side, total)
 
 
-def _row_weight(bound: Bound, guide: poutine.Trace, model: poutine.Trace, batch: Batch, draws: int) -> Tensor | None:
+def _row_weight(
+    bound: Bound, guide: poutine.Trace, model: poutine.Trace, batch: Batch, draws: int
+) -> Tensor | None:
     """Log weight of each row's latents given the globals, (draws, rows); None if a row has none of its own."""
     row = bound.template.row_dims[0]
     if not any(s.row_dim == row for s in bound.sites):
@@ -298,8 +339,10 @@ def _replaced(
     return _run_model(bound, batch, guide, draws)
 
 
-def _weigh_globals(out: Collected, bound: Bound, source: Any, draws: int, given: Mapping[str, Tensor]) -> None:
-    """log p(data | globals) + log prior - log q of the first draws, every row integrated; absent where not affordable."""
+def _weigh_globals(
+    out: Collected, bound: Bound, source: Any, draws: int, given: Mapping[str, Tensor]
+) -> None:
+    """Log p(data | globals) + log prior - log q of the first draws, every row integrated; absent where not affordable."""
     module = marginal.global_module(bound)
     if module is None or module.name not in given or not bound.amortised:
         return
@@ -317,7 +360,7 @@ def _weigh_globals(out: Collected, bound: Bound, source: Any, draws: int, given:
     total = -module.distribution().log_prob(theta).double()
     for s in range(n):
         total[s] += marginal.log_prior(bound, module, theta[s], bound.example)
-    for batch in (chunks(source, template.fields, template.row_dims, size, some.device, some.dtype)):
+    for batch in chunks(source, template.fields, template.row_dims, size, some.device, some.dtype):
         for s in range(n):
             total[s] += marginal.log_marginal(bound, module, theta[s], batch, plan, per_dim)
     weights = np.full(draws, np.nan)
@@ -325,7 +368,9 @@ def _weigh_globals(out: Collected, bound: Bound, source: Any, draws: int, given:
     out.rows["global_log_weight"] = [weights]
 
 
-def _groups(fits: Sequence[Fit], source: Any, chains: Sequence[Collected], draws: int, seed: int) -> dict[str, xr.Dataset]:
+def _groups(
+    fits: Sequence[Fit], source: Any, chains: Sequence[Collected], draws: int, seed: int
+) -> dict[str, xr.Dataset]:
     template = fits[0].template
     sizes = template.all_sizes(source.sizes)
     coords = {d: source.coords[d] if d in source.sizes else np.arange(n) for d, n in sizes.items()}
@@ -344,7 +389,9 @@ def _groups(fits: Sequence[Fit], source: Any, chains: Sequence[Collected], draws
     groups = {"posterior": dataset(stacked("posterior", first.dims), coords, units, sampled=True)}
     groups["prior"] = _prior(fits[0], draws, seed, coords, units)
     own = {n: first.dims[f"log_likelihood {n}"] for n in first.likelihood}
-    groups["log_likelihood"] = dataset(stacked("likelihood", own), coords, {n: "nat" for n in own}, sampled=True)
+    groups["log_likelihood"] = dataset(
+        stacked("likelihood", own), coords, {n: "nat" for n in own}, sampled=True
+    )
     if first.predictive:
         own = {n: template.fields[n].dims for n in first.predictive}
         groups["posterior_predictive"] = dataset(stacked("predictive", own), coords, units, sampled=True)
@@ -359,17 +406,31 @@ def _groups(fits: Sequence[Fit], source: Any, chains: Sequence[Collected], draws
 
 
 def _stats(chains: Sequence[Collected], coords: Mapping[str, Any], row: str, draws: int) -> xr.Dataset:
-    nat = {"lp": "nat", "log_q": "nat", "row_log_weight": "nat", "global_log_weight": "nat", "amortisation_gap": "nat"}
+    nat = {
+        "lp": "nat",
+        "log_q": "nat",
+        "row_log_weight": "nat",
+        "global_log_weight": "nat",
+        "amortisation_gap": "nat",
+    }
     sampled: dict[str, Any] = {}
     for name, side in (("lp", "log_joint"), ("log_q", "log_guide")):
-        sampled[name] = ((), np.stack([torch.as_tensor(getattr(c, side)).expand(draws).cpu().numpy() for c in chains]))
+        sampled[name] = (
+            (),
+            np.stack([torch.as_tensor(getattr(c, side)).expand(draws).cpu().numpy() for c in chains]),
+        )
     found = chains[0].rows
     if "row_log_weight" in found:
-        sampled["row_log_weight"] = ((row,), np.stack([np.concatenate(c.rows["row_log_weight"], 1) for c in chains]))
+        sampled["row_log_weight"] = (
+            (row,),
+            np.stack([np.concatenate(c.rows["row_log_weight"], 1) for c in chains]),
+        )
     if all("global_log_weight" in c.rows for c in chains):
         sampled["global_log_weight"] = ((), np.stack([c.rows["global_log_weight"][0] for c in chains]))
     stats = dataset(sampled, coords, nat, sampled=True)
-    flags = {n: ((row,), np.any([np.concatenate(c.rows[n]) for c in chains], axis=0)) for n in ("outside", "poor")}
+    flags = {
+        n: ((row,), np.any([np.concatenate(c.rows[n]) for c in chains], axis=0)) for n in ("outside", "poor")
+    }
     if "amortisation_gap" in found:
         flags["amortisation_gap"] = ((row,), np.concatenate(found["amortisation_gap"]))
     return stats.merge(dataset(flags, coords, nat, sampled=False))
@@ -384,7 +445,9 @@ def _joined(parts: Sequence[np.ndarray], axis: int | None) -> np.ndarray:
     return parts[0] if axis is None or len(parts) == 1 else np.concatenate(parts, axis)
 
 
-def _prior(fit: Fit, draws: int, seed: int, coords: Mapping[str, Any], units: Mapping[str, str]) -> xr.Dataset:
+def _prior(
+    fit: Fit, draws: int, seed: int, coords: Mapping[str, Any], units: Mapping[str, str]
+) -> xr.Dataset:
     """Prior draws of the reported global sites."""
     template, bound = fit.template, fit.bound
     names = [n for n, dims in template.dims.items() if not set(dims) & set(template.row_dims)]
@@ -408,8 +471,8 @@ def simulate(
         template: whose ``simulate`` is used, or whose model is run forward.
         sizes: of the dims.
         seed: of the data.
-        like: a table whose given fields are used when the model is run forward; without it they take their default, or
-            a feasible value.
+        like: a table whose given fields are used when the model is run forward; without it they take their
+            default, or a feasible value.
 
     Returns:
         A table that ``scivi.fit`` takes, and the reported sites that made it.
@@ -425,8 +488,14 @@ def simulate(
     units = units_of(template)
     values = {n: batch.values[n] for n, f in template.fields.items() if f.role == "given"}
     values |= {n: trace.nodes[n]["value"] for n in template.observed}
-    table = {n: (template.fields[n].dims, v.numpy().reshape(_shape(template, template.fields[n].dims, batch))) for n, v in values.items()}
-    truth = {n: (d, trace.nodes[n]["value"].numpy().reshape(_shape(template, d, batch))) for n, d in template.dims.items()}
+    table = {
+        n: (template.fields[n].dims, v.numpy().reshape(_shape(template, template.fields[n].dims, batch)))
+        for n, v in values.items()
+    }
+    truth = {
+        n: (d, trace.nodes[n]["value"].numpy().reshape(_shape(template, d, batch)))
+        for n, d in template.dims.items()
+    }
     return dataset(table, coords, units, sampled=False), dataset(truth, coords, units, sampled=False)
 
 
@@ -434,12 +503,22 @@ def _blank(template: Template, sizes: Mapping[str, int], like: Any) -> Batch:
     """A batch of feasible values, or of the given fields of a table."""
     if like is not None:
         source = open_data(template, like)
-        return next(chunks(source, template.fields, template.row_dims, max(source.sizes.values()), torch.device("cpu"), torch.float32))
+        return next(
+            chunks(
+                source,
+                template.fields,
+                template.row_dims,
+                max(source.sizes.values()),
+                torch.device("cpu"),
+                torch.float32,
+            )
+        )
     sizes = template.all_sizes(sizes)
     absent = sorted({d for f in template.fields.values() for d in f.dims} - set(sizes))
     if absent:
         raise TemplateError(f'simulate needs the size of {absent}: pass sizes={{"{absent[0]}": ...}}.')
     values = {
-        n: torch.full([sizes[d] for d in f.dims], f.feasible if f.default is None else f.default) for n, f in template.fields.items()
+        n: torch.full([sizes[d] for d in f.dims], f.feasible if f.default is None else f.default)
+        for n, f in template.fields.items()
     }
     return Batch(values, {}, sizes, template.row_dims)

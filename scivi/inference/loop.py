@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,12 @@ from scivi.models.binding import Bound, bind, stream_seed
 from scivi.models.template import Template
 
 EXAMPLE_ROWS = 64  # rows that a pair is bound to (our choice: enough for any shape)
-START_ROWS = 2048  # rows of the Newton start (our choice: a fraction of a second, a few percent in the globals)
-FINISH_ROWS = 2**13  # rows from which the finish takes curvature and fine nodes (our choice: 1 % in the globals' sd)
+START_ROWS = (
+    2048  # rows of the Newton start (our choice: a fraction of a second, a few percent in the globals)
+)
+FINISH_ROWS = (
+    2**13
+)  # rows from which the finish takes curvature and fine nodes (our choice: 1 % in the globals' sd)
 MOST_FINE_NODES = 2**22  # rows x fine nodes of the finish (our choice: a second, 100 MB at a time)
 NODES_AT_A_TIME = 2**19  # rows x nodes held at once
 
@@ -87,7 +91,15 @@ def device_of(plan: Plan) -> torch.device:
 def begin(template: Template, source: Any, plan: Plan) -> State:
     """The state of a fit before its first step."""
     device, dtype = device_of(plan), getattr(torch, plan.dtype)
-    feed = Feed(source, template.fields, template.row_dims, plan.rows_per_batch, stream_seed(plan.seed, "order"), device, dtype)
+    feed = Feed(
+        source,
+        template.fields,
+        template.row_dims,
+        plan.rows_per_batch,
+        stream_seed(plan.seed, "order"),
+        device,
+        dtype,
+    )
     example = next(chunks(source, template.fields, template.row_dims, EXAMPLE_ROWS, device, dtype))
     return new_state(bind(template, example, plan.seed), feed, plan)
 
@@ -175,13 +187,20 @@ def _consider(state: State, plan: Plan) -> None:
     """Between entries of the history: let the minibatch grow, and ask the stop rule."""
     latest, first = state.history[-1], state.bound.template.row_dims[0]
     size = state.feed.size_of(first)
-    if plan.rows_per_batch_max and size and size < plan.rows_per_batch_max and latest["signal_to_noise"] < plan.grow_below:
+    if (
+        plan.rows_per_batch_max
+        and size
+        and size < plan.rows_per_batch_max
+        and latest["signal_to_noise"] < plan.grow_below
+    ):
         state.feed.rows_per_batch = min(2 * size, plan.rows_per_batch_max)
     rule = plan.stop
     if rule is None or state.decay_from is not None or state.step < max(rule.min_steps, 2 * rule.window):
         return
     recent = [e for e in state.history if e["step"] > state.step - rule.window]
-    before = [e for e in state.history if state.step - 2 * rule.window < e["step"] <= state.step - rule.window]
+    before = [
+        e for e in state.history if state.step - 2 * rule.window < e["step"] <= state.step - rule.window
+    ]
     if not recent or not before:
         return
     error = sum(_standard_error(part) ** 2 for part in (recent, before)) ** 0.5
@@ -199,18 +218,27 @@ def _standard_error(entries: list[dict[str, float]]) -> float:
     return (sum(e["window_steps"] * e["objective_sd"] ** 2 for e in entries) / steps**2) ** 0.5
 
 
-def _go_back(state: State, objective: Objective, plan: Plan, good: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:
+def _go_back(
+    state: State, objective: Objective, plan: Plan, good: tuple[dict[str, torch.Tensor], dict[str, Any]]
+) -> None:
     """After a divergence: name it, go back to the last good state with half the learning rate, or give up."""
     steps, wall_s, restarts = state.step - good[1]["step"], state.wall_s, list(state.restarts)
     state.unpack(*good)
     with _sampling(state):
         error = diagnose(state, objective, plan, steps)
     state.unpack(*good)
-    state.wall_s, state.restarts = wall_s, [*restarts, {"step": error.step, "site": error.site, "rows": list(error.rows[:20])}]
+    state.wall_s, state.restarts = (
+        wall_s,
+        [*restarts, {"step": error.step, "site": error.site, "rows": list(error.rows[:20])}],
+    )
     state.lr_factor = 0.5 ** len(state.restarts)
     if len(state.restarts) > plan.restarts:
         state.stopped = "diverged"
-        tried = f" {plan.restarts} restarts with ever smaller learning rates did not help." if plan.restarts else ""
+        tried = (
+            f" {plan.restarts} restarts with ever smaller learning rates did not help."
+            if plan.restarts
+            else ""
+        )
         raise FitError(f"{error}{tried}", step=error.step, site=error.site, rows=error.rows, state=state)
 
 
@@ -227,9 +255,13 @@ def _newton_start(state: State, source: Any, plan: Plan) -> None:
     rows = marginal.Rows(some, some, 1.0)
     try:
         found = marginal.newton_finish(bound, rows, plan.nodes, fine=False, max_steps=15, tolerance=0.3)
-    except torch.linalg.LinAlgError:  # a marginal that is not smooth at the prior's centre is trained from there
+    except (
+        torch.linalg.LinAlgError
+    ):  # a marginal that is not smooth at the prior's centre is trained from there
         return
-    if found.step_sd < 0.3 and bool(torch.isfinite(found.loc).all() and torch.isfinite(found.covariance).all()):
+    if found.step_sd < 0.3 and bool(
+        torch.isfinite(found.loc).all() and torch.isfinite(found.covariance).all()
+    ):
         module.set(found.loc, found.covariance)
         state.finish["start"] = {"steps": found.steps, "step_sd": found.step_sd}
 
@@ -245,7 +277,13 @@ def _spread_rows(source: Any, bound: Bound, most: int) -> Callable[[int], Iterat
         for start in range(0, len(places), size):
             index = {first: places[start : start + size]}
             yield make_batch(
-                source.read(index), template.fields, source.sizes, template.row_dims, index, some.device, some.dtype
+                source.read(index),
+                template.fields,
+                source.sizes,
+                template.row_dims,
+                index,
+                some.device,
+                some.dtype,
             )
 
     return passes
@@ -268,7 +306,8 @@ def fit(
         data: AnnData, xarray, DataFrame, dict of arrays, or a path (.h5ad, .nc, .zarr, .csv, .ecsv, .fits).
         plan: how; ``Plan()`` if None.
         record: a file for the history as JSON lines, or a recorder.
-        checkpoint: file to which the running fit is saved every ``plan.save_every_s`` seconds, whole or not at all.
+        checkpoint: file to which the running fit is saved every ``plan.save_every_s`` seconds, whole or not
+            at all.
         resume: go on from ``checkpoint`` if it exists.
         progress: show a progress bar.
 
@@ -290,7 +329,11 @@ def fit(
     path = None if checkpoint is None else Path(checkpoint)
     if resume and path is not None and path.exists():
         load_state(state, path, identity)
-    recorder = Guarded(JsonLines(record) if isinstance(record, str | Path) else record) if record is not None else None
+    recorder = (
+        Guarded(JsonLines(record) if isinstance(record, str | Path) else record)
+        if record is not None
+        else None
+    )
     logged, saved = len(state.history), time.monotonic()
     bar = tqdm(total=plan.steps, initial=state.step, disable=not progress, desc=template.name, unit="step")
     try:
@@ -342,7 +385,8 @@ def _signals(state: State) -> Iterator[None]:
 def _finish(state: State, source: Any, plan: Plan) -> None:
     """Finish the globals on the full marginal, where estimator and guide allow it.
 
-    Many rows make their posterior normal: Newton finds its mode and covariance. Of few rows it is skewed, and an
+    Many rows make their posterior normal: Newton finds its mode and covariance. Of few rows it is skewed, and
+        an
     evaluation is cheap: adaptive importance sampling finds its mean and covariance.
     """
     bound = state.bound
@@ -352,7 +396,7 @@ def _finish(state: State, source: Any, plan: Plan) -> None:
             return
     rows, n = _rows_of(bound, source, plan), source.sizes[bound.template.row_dims[0]]
     with _sampling(state):
-        if n <= START_ROWS:
+        if n <= FEW_ROWS:
             found = polish(bound, rows, plan.nodes)
             told: dict[str, Any] = {"method": "importance sampling", "draws": found.draws}
             told |= {"ess": found.ess, "log_weight": list(found.log_weight)}
@@ -394,7 +438,14 @@ def _frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) 
         "finish": state.finish,
         "estimator": prepare(state.bound, state.bound.example, plan).estimator,
     }
-    provenance = {**identity, "plan": plan.to_dict(), "seed": plan.seed, "device": plan.device, "versions": versions(), "fit": ended}
+    provenance = {
+        **identity,
+        "plan": plan.to_dict(),
+        "seed": plan.seed,
+        "device": plan.device,
+        "versions": versions(),
+        "fit": ended,
+    }
     coords = {d: plain_labels(source.coords[d]) for d in source.sizes if d not in template.row_dims}
     coords |= {d: list(labels) for d, labels in template.coords.items()}
     return Fit(freeze(state.bound), coords, plan, _history(state.history), provenance, _seen(state, source))

@@ -4,12 +4,13 @@ For row i with local latents z = T(e; x_i, theta), e standard normal noise of th
 
     p(x_i | theta) = sum_k w_k p(x_i, z_k | theta) / q(z_k | x_i, theta),     z_k = T(e_k),
 
-with nodes e_k and weights w_k: a Gauss-Hermite grid in up to three dimensions, a randomised low-discrepancy set in more
-(then it is importance weighting per row). Nodes and their density are detached: the globals follow the marginal. The
-guide, at detached globals, follows KL(posterior || guide), for which the weighted nodes stand for the posterior
-(reweighted wake-sleep, Bornschein and Bengio 2015, arXiv:1406.2751, with quadrature in place of samples): its gradient
-has no sampling noise, where the ELBO's hides differences of a hundredth of a nat. A Gaussian guide biases the scatter of
-a population under the ELBO; under the marginal it only has to put its nodes well.
+with nodes e_k and weights w_k: a Gauss-Hermite grid in up to three dimensions, a randomised low-discrepancy
+set in more (then it is importance weighting per row). Nodes and their density are detached: the globals
+follow the marginal. The guide, at detached globals, follows KL(posterior || guide), for which the weighted
+nodes stand for the posterior (reweighted wake-sleep, Bornschein and Bengio 2015, arXiv:1406.2751, with
+quadrature in place of samples): its gradient has no sampling noise, where the ELBO's hides differences of a
+hundredth of a nat. A Gaussian guide biases the scatter of a population under the ELBO; under the marginal it
+only has to put its nodes well.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from scivi.models.sites import plates_of, row_dim_of, sample_sites
 
 GRID_DIMS = 3  # above it a grid of nodes costs more than random ones (our choice: 7**3 = 343 nodes)
 RANDOM_NODES = 128
-_FARTHEST = 2.0  # on the unbounded scale, where 1 is a factor of e for a positive global: a step's reach (our choice)
+_FARTHEST = (
+    2.0  # on the unbounded scale, where 1 is a factor of e for a positive global: a step's reach (our choice)
+)
 _STALE = 0.3  # posterior sd; after a longer step the curvature is worked out anew (our choice)
 MOST_DIMS = 16  # above it a few hundred weighted nodes say too little about the marginal (our choice)
 
@@ -118,7 +121,9 @@ def layout(bound: Bound, batch: Batch) -> Layout:
     return Layout(tuple(sites))
 
 
-def nodes(dims: int, per_dim: int, like: Tensor, *, n_random: int = RANDOM_NODES, seed: int = 0) -> tuple[Tensor, Tensor]:
+def nodes(
+    dims: int, per_dim: int, like: Tensor, *, n_random: int = RANDOM_NODES, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Nodes (K, dims) and log weights (K,) that integrate against a standard normal.
 
     Args:
@@ -133,7 +138,9 @@ def nodes(dims: int, per_dim: int, like: Tensor, *, n_random: int = RANDOM_NODES
         grid = np.stack(np.meshgrid(*[x] * dims, indexing="ij"), -1).reshape(-1, dims)
         log_w = sum(np.meshgrid(*[np.log(w / w.sum())] * dims, indexing="ij"))
         return like.new_tensor(grid), like.new_tensor(np.asarray(log_w).reshape(-1))
-    uniform = torch.quasirandom.SobolEngine(dims, scramble=True, seed=seed).draw(n_random, dtype=torch.float64)
+    uniform = torch.quasirandom.SobolEngine(dims, scramble=True, seed=seed).draw(
+        n_random, dtype=torch.float64
+    )
     normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
     return normal.to(like), like.new_full((n_random,), -math.log(n_random))
 
@@ -177,8 +184,8 @@ def run_guide(
         plan: of the guide's noise.
         points: (points, dims), or (points, rows, dims).
         fixed: values of other sites.
-        moving: let values move with the guide's parameters, as in a pathwise gradient; else they stay where they are
-            put and only the density has a gradient.
+        moving: let values move with the guide's parameters, as in a pathwise gradient; else they stay where
+            they are put and only the density has a gradient.
     """
     noise = {s.name: s for s in plan.sites}
     density: dict[str, Tensor] = {s.row_dim: torch.zeros(()) for s in plan.sites}
@@ -191,17 +198,23 @@ def run_guide(
             value, log_q = push(fn, site.cut(points))
         else:
             with torch.no_grad():
-                value = put(fn, site.cut(points)).clone()  # a new tensor: the transforms' caches do not know it
+                value = put(
+                    fn, site.cut(points)
+                ).clone()  # a new tensor: the transforms' caches do not know it
             log_q = fn.log_prob(value)
         density[site.row_dim] = density[site.row_dim] + by_row(log_q, bound.nesting, site.row_axis)
         return value
 
-    with Placed([*noise, *(fixed or {})], place):  # the trace records a value before the guide's code sees it detached
+    with Placed(
+        [*noise, *(fixed or {})], place
+    ):  # the trace records a value before the guide's code sees it detached
         trace = poutine.trace(_ShownDetached(bound.template.row_dims)(bound.guide)).get_trace(batch)
     return trace, {dim: value.expand(len(points), -1) for dim, value in density.items()}
 
 
-def run_model(bound: Bound, batch: Batch, values: Mapping[str, Tensor], *, frozen: bool = False) -> poutine.Trace:
+def run_model(
+    bound: Bound, batch: Batch, values: Mapping[str, Tensor], *, frozen: bool = False
+) -> poutine.Trace:
     def run() -> poutine.Trace:
         with Placed(values, lambda name, _: values[name]):
             return poutine.trace(bound.model).get_trace(batch)
@@ -214,7 +227,9 @@ def _rows(trace: poutine.Trace, bound: Bound, batch: Batch, row_dim: str) -> Ten
     out = torch.zeros(())
     for _, site in sample_sites(trace):
         if row_dim_of(site, bound.template.row_dims) == row_dim:
-            out = out + by_row(log_prob(site), bound.nesting, plates_of(site)[row_dim]) / row_scale(batch, row_dim)
+            out = out + by_row(log_prob(site), bound.nesting, plates_of(site)[row_dim]) / row_scale(
+                batch, row_dim
+            )
     return out
 
 
@@ -235,7 +250,8 @@ def objective(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, value of the bound, and its parts, in nats over all rows.
 
-    The weighted nodes are each row's posterior: globals follow their sum, the guide follows their cross entropy.
+    The weighted nodes are each row's posterior: globals follow their sum, the guide follows their cross
+    entropy.
 
     Args:
         bound: the pair.
@@ -260,7 +276,11 @@ def objective(
     data = {"marginal": marginal, **{k: v for k, v in prior.items() if k not in values}}
     kl = {k: prior.get(k, 0.0) - posterior.get(k, 0.0) for k in {**posterior, **prior} if k not in data}
     value = sum(data.values()) + beta * sum(kl.values())
-    return -(value + own), value, {**data, **kl}  # the guide's own part: minus KL(posterior || guide), up to a constant
+    return (
+        -(value + own),
+        value,
+        {**data, **kl},
+    )  # the guide's own part: minus KL(posterior || guide), up to a constant
 
 
 @dataclass(frozen=True)
@@ -273,8 +293,8 @@ class Newton:
         step_sd: size of the last step on coarse nodes, in posterior sd, the largest of the coordinates.
         steps: steps taken before it.
         nodes: Gauss-Hermite nodes per local dimension at the end.
-        node_error_sd: by how much going from coarse to fine nodes moved the mode, in posterior sd; what the fine ones
-            leave is far smaller.
+        node_error_sd: by how much going from coarse to fine nodes moved the mode, in posterior sd; what the
+            fine ones leave is far smaller.
         log_evidence: Laplace estimate of the log evidence, nats.
     """
 
@@ -291,13 +311,24 @@ def global_module(bound: Bound) -> JointNormalGuide | None:
     """The joint normal that holds all global latents of a pair, if there is one of full rank."""
     names = {s.name for s in bound.sites if s.row_dim is None}
     for module in bound.nets.modules():
-        if isinstance(module, JointNormalGuide) and {s.name for s in module.slots} == names and module.rank is None:
+        if (
+            isinstance(module, JointNormalGuide)
+            and {s.name for s in module.slots} == names
+            and module.rank is None
+        ):
             return module
     return None
 
 
 def log_marginal(
-    bound: Bound, module: JointNormalGuide, theta: Tensor, batch: Batch, plan: Layout, per_dim: int, *, seed: int = 0
+    bound: Bound,
+    module: JointNormalGuide,
+    theta: Tensor,
+    batch: Batch,
+    plan: Layout,
+    per_dim: int,
+    *,
+    seed: int = 0,
 ) -> Tensor:
     """Log density of some rows given the globals at ``theta`` (D,), each row integrated and counted once.
 
@@ -313,7 +344,9 @@ def log_marginal(
     points, log_w = nodes(plan.dims, per_dim, theta, n_random=2 * RANDOM_NODES, seed=seed)
     with torch.no_grad():
         guide, density = run_guide(bound, batch, plan, points, fixed={module.name: theta})
-    model = run_model(bound, batch, {**latent_values(guide), **latent_values(_population(module, theta, batch))})
+    model = run_model(
+        bound, batch, {**latent_values(guide), **latent_values(_population(module, theta, batch))}
+    )
     out = theta.new_zeros(())
     for row_dim in {s.row_dim for s in plan.sites}:
         weight = _rows(model, bound, batch, row_dim) - density[row_dim]
@@ -356,13 +389,14 @@ def newton_finish(
 ) -> Newton:
     """Mode and covariance of the globals by Newton's method on the full marginal.
 
-    Gradients on coarse nodes come from all rows; the curvature, and the difference that fine nodes make to the gradient,
-    from ``rows.some``, scaled up: both vary little from row to row.
+    Gradients on coarse nodes come from all rows; the curvature, and the difference that fine nodes make to
+    the gradient, from ``rows.some``, scaled up: both vary little from row to row.
 
     Args:
         bound: a trained pair; its joint normal is where the search starts, and is not changed.
         rows: of the data.
-        per_dim: Gauss-Hermite nodes per local dimension: coarse ones as in training, fine ones twice as many and one.
+        per_dim: Gauss-Hermite nodes per local dimension: coarse ones as in training, fine ones twice as many
+            and one.
         fine: correct the coarse answer by the fine nodes.
         max_steps: Newton steps at most.
         tolerance: stop when no coordinate moved by more, in posterior sd; the next step would be far smaller.
@@ -378,7 +412,9 @@ def newton_finish(
         )
     coarse, n_fine = training_nodes(plan.dims, per_dim), 2 * per_dim + 1
 
-    def derivatives(theta: Tensor, batches: Callable[[int], Iterable[Batch]], n: int, curved: bool) -> Derivatives:
+    def derivatives(
+        theta: Tensor, batches: Callable[[int], Iterable[Batch]], n: int, curved: bool
+    ) -> Derivatives:
         def of_rows(at: Tensor) -> Iterator[Tensor]:
             return (log_marginal(bound, module, at, batch, plan, n) for batch in batches(n))
 
@@ -391,7 +427,9 @@ def newton_finish(
 
     def covariance_at(theta: Tensor) -> Tensor:
         bend = derivatives(theta, rows.some, coarse, True)[2]
-        return torch.linalg.inv(_positive(-rows.weight * bend - differentiate(of_prior, theta, True, module.loc.dtype)[2]))
+        return torch.linalg.inv(
+            _positive(-rows.weight * bend - differentiate(of_prior, theta, True, module.loc.dtype)[2])
+        )
 
     def of_prior(at: Tensor) -> Iterator[Tensor]:
         yield log_prior(bound, module, at, bound.example)
@@ -404,7 +442,9 @@ def newton_finish(
         if step_sd < tolerance:  # a step this small is taken below, with the fine nodes'
             break
         length, enough = min(1.0, float(_FARTHEST / step.abs().max())), value - _rounding(value, module.loc)
-        while not (ahead := posterior(theta + length * step))[0] >= enough and length > 1e-4:  # NaN is not enough
+        while (
+            not (ahead := posterior(theta + length * step))[0] >= enough and length > 1e-4
+        ):  # NaN is not enough
             length *= 0.5
         theta, (value, slope), taken = theta + length * step, ahead, taken + 1
         if step_sd > _STALE:

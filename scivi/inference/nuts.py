@@ -84,8 +84,8 @@ def nuts(
         warmup: draws before them, in which step size and (diagonal) mass matrix adapt.
         chains: run one after the other.
         seed: of everything.
-        rows: take so many rows, evenly spread over the first row dim; None for all. The posterior is then that
-            of these rows alone. Their labels are kept, to be matched with those of another posterior.
+        rows: take so many rows, evenly spread over the first row dim; None for all. The posterior is then
+            that of these rows alone. Their labels are kept, to be matched with those of another posterior.
         backend: "pyro".
         progress: show a progress bar.
         to: also write the tree there, .nc or .zarr.
@@ -103,9 +103,9 @@ def nuts(
         FitError: no starting point has a finite density.
 
     Notes:
-        Float64 on the CPU. Each leapfrog step costs a pass over all rows, 2 to 3 ms up to a thousand rows: four
-        chains of 1500 draws take minutes, and a hundred thousand rows are out of reach. Discrete latents are
-        summed exactly while sampling, and drawn given the rest afterwards.
+        Float64 on the CPU. Each leapfrog step costs a pass over all rows, 2 to 3 ms up to a thousand rows:
+        four chains of 1500 draws take minutes, and a hundred thousand rows are out of reach. Discrete latents
+        are summed exactly while sampling, and drawn given the rest afterwards.
 
     References:
         Hoffman and Gelman 2014, JMLR 15, 1593-1623 (the sampler); Betancourt 2017, arXiv:1701.02434 (energy).

@@ -1,10 +1,10 @@
 """A bound pair and a batch become one scalar to minimise, and its parts by site.
 
-All estimators bound (or estimate) the same log evidence. They return nats per row of the first row dim, so that
-learning rate and clipping mean the same for ten rows and for ten million.
+All estimators bound (or estimate) the same log evidence. They return nats per row of the first row dim, so
+that learning rate and clipping mean the same for ten rows and for ten million.
 
-Pyro's ``RenyiELBO`` with alpha = 0 also calls itself importance-weighted, but weighs whole minibatches: one weight for
-all rows of a batch, so its bound loosens as the batch grows. Here each row has its own weights.
+Pyro's ``RenyiELBO`` with alpha = 0 also calls itself importance-weighted, but weighs whole minibatches: one
+weight for all rows of a batch, so its bound loosens as the batch grows. Here each row has its own weights.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class Value:
 
     Args:
         loss: scalar whose gradient is followed, nats per row.
-        objective: the negative bound itself, nats per row, detached; differs from ``loss`` only by score-function terms
-            and by the guide's own bound in "marginal".
-        parts: share of each site in the bound, nats per row, detached; their sum is minus the objective (at beta 1).
+        objective: the negative bound itself, nats per row, detached; differs from ``loss`` only by
+            score-function terms and by the guide's own bound in "marginal".
+        parts: share of each site in the bound, nats per row, detached; their sum is minus the objective (at
+            beta 1).
     """
 
     loss: Tensor
@@ -96,7 +97,8 @@ class Objective:
 def prepare(bound: Bound, batch: Batch, plan: Plan) -> Objective:
     """Settle the estimator for a pair.
 
-    "auto" takes "marginal" where it can be had, "enumerate" if the guide leaves out discrete latents, else "trace".
+    "auto" takes "marginal" where it can be had, "enumerate" if the guide leaves out discrete latents, else
+    "trace".
 
     Args:
         bound: the pair.
@@ -109,7 +111,10 @@ def prepare(bound: Bound, batch: Batch, plan: Plan) -> Objective:
     if plan.estimator not in ("auto", "marginal"):
         return Objective(bound, plan, plan.estimator, marginal.Layout())
     some = next(iter(batch.values.values()))
-    with seeded(0, some.device), torch.no_grad():  # a look at the guide: it leaves the random stream as it was
+    with (
+        seeded(0, some.device),
+        torch.no_grad(),
+    ):  # a look at the guide: it leaves the random stream as it was
         found = marginal.layout(bound, batch)
         given = poutine.trace(bound.guide).get_trace(batch).nodes.keys()
     if found.refusal is None:
@@ -121,7 +126,11 @@ def prepare(bound: Bound, batch: Batch, plan: Plan) -> Objective:
 
 
 def _value(
-    observed: dict[str, Tensor], latent: dict[str, Tensor], n: int, beta: float | Tensor, surrogate: Tensor | float = 0.0
+    observed: dict[str, Tensor],
+    latent: dict[str, Tensor],
+    n: int,
+    beta: float | Tensor,
+    surrogate: Tensor | float = 0.0,
 ) -> Value:
     parts = {name: torch.as_tensor(v).mean() / n for name, v in {**observed, **latent}.items()}
     likelihood = sum((parts[k] for k in observed), start=torch.zeros(()))
@@ -133,14 +142,13 @@ def _value(
 def _score_function(scores: Scores, bound: Bound, batch: Batch, particles: int) -> Tensor | float:
     """Zero in value; its gradient is the score-function term of guide sites without a pathwise derivative.
 
-    A local site is weighed by its own row's terms only. The control variate is the mean of the other particles
-    (Kool, van Hoof and Welling 2019), so that two particles at least are wanted.
+    A local site is weighed by its own row's terms only. The control variate is the mean of the other
+    particles (Kool, van Hoof and Welling 2019), so that two particles at least are wanted.
     """
     sites = {
         n: scores.pair.guide.nodes[n]
         for n in scores.guide
-        if not scores.pair.guide.nodes[n]["fn"].has_rsample
-        and n in scores.model
+        if not scores.pair.guide.nodes[n]["fn"].has_rsample and n in scores.model
     }
     if not sites:
         return 0.0
@@ -209,7 +217,9 @@ def _importance_weighted(bound: Bound, batch: Batch, particles: int, n: int, bet
         raise Unsupported('estimator="iwae" weighs rows, and this guide has no latent per row; use "trace".')
     rough = sorted(name for name, site in local.items() if not site["fn"].has_rsample)
     if rough:
-        raise Unsupported(f'estimator="iwae": the guide draws {rough} without a pathwise derivative; use "trace".')
+        raise Unsupported(
+            f'estimator="iwae": the guide draws {rough} without a pathwise derivative; use "trace".'
+        )
 
     def repeated(name: str, fn: Any) -> Tensor:
         shape = list(fn.batch_shape)

@@ -19,9 +19,9 @@ Schedule = Literal["constant", "warmup-stable-decay"]
 class Plateau:
     """Stop when the averaged objective no longer improves.
 
-    The objective of the last ``window`` steps is compared with that of the ``window`` before; the fit goes on while
-    the improvement exceeds both ``tolerance`` standard errors of the difference and ``least``, or while that error is
-    more than twice ``least``, so that nothing can be told.
+    The objective of the last ``window`` steps is compared with that of the ``window`` before; the fit goes on
+    while the improvement exceeds both ``tolerance`` standard errors of the difference and ``least``, or while
+    that error is more than twice ``least``, so that nothing can be told.
 
     Args:
         window: steps in each of the two windows.
@@ -43,23 +43,24 @@ class Plan:
     Args:
         steps: the most steps taken.
         rows_per_batch: rows in a minibatch; None takes all rows at every step (refused above 100 000).
-        rows_per_batch_max: if larger, the minibatch doubles up to it whenever the gradient's signal-to-noise ratio
-            falls under ``grow_below``.
+        rows_per_batch_max: if larger, the minibatch doubles up to it whenever the gradient's signal-to-noise
+            ratio falls under ``grow_below``.
         grow_below: that ratio: norm of the averaged gradient over root mean square gradient, in (0, 1).
         lr: learning rate of Adam, or of SGD.
         optimiser: "adam" or "sgd" (with momentum 0.9), both torch's own.
-        schedule: "warmup-stable-decay" rises over ``warmup`` of the steps, stays, and falls by a half cosine over the
-            last ``decay`` of them; the fall begins early if the stop rule says so.
+        schedule: "warmup-stable-decay" rises over ``warmup`` of the steps, stays, and falls by a half cosine
+            over the last ``decay`` of them; the fall begins early if the stop rule says so.
         warmup, decay: fractions of ``steps``.
         clip: largest gradient norm, in nats per row; None for no clipping.
         particles: guide samples per step ("trace", "analytic", "stl", "enumerate") or per row ("iwae").
-        estimator: "auto" ("marginal" where it can be had, "enumerate" where there are discrete latents, else "trace"),
-            "trace" (pathwise where possible, else score function with leave-one-out control variate),
-            "analytic" (closed-form KL where torch knows one), "stl" (sticking the landing, Roeder et al. 2017),
-            "enumerate" (discrete latents that the guide leaves out are summed exactly), "iwae" (importance-weighted
-            bound per row, Burda et al. 2016), "marginal" (local latents integrated on guide-placed nodes).
-        nodes: Gauss-Hermite nodes per local dimension of "marginal"; in two and three dimensions training takes 5 and 4
-            at most, and the Newton finish all.
+        estimator: "auto" ("marginal" where it can be had, "enumerate" where there are discrete latents, else
+            "trace"), "trace" (pathwise where possible, else score function with leave-one-out control
+            variate), "analytic" (closed-form KL where torch knows one), "stl" (sticking the landing, Roeder
+            et al. 2017), "enumerate" (discrete latents that the guide leaves out are summed exactly), "iwae"
+            (importance-weighted bound per row, Burda et al. 2016), "marginal" (local latents integrated on
+            guide-placed nodes).
+        nodes: Gauss-Hermite nodes per local dimension of "marginal"; in two and three dimensions training
+            takes 5 and 4 at most, and the Newton finish all.
         newton: after "marginal", finish the global latents by Newton on the full marginal.
         kl_warmup: steps over which the weight of the KL part rises from ``beta_start`` to ``beta``.
         beta_start, beta: that weight; 1 is the bound itself.
@@ -208,6 +209,13 @@ def _faults_of_choices(plan: Plan) -> list[str]:
         faults.append('estimator = "iwae" needs particles >= 2 (5 to 50 are usual)')
     if plan.stop is not None and not isinstance(plan.stop, Plateau):
         faults.append(f"stop = {plan.stop!r}; it must be a Plateau or None")
-    elif plan.stop is not None and not (plan.stop.window >= 1 and plan.stop.min_steps >= 1 and plan.stop.tolerance >= 0 and plan.stop.least >= 0):
-        faults.append(f"stop = {plan.stop}; window and min_steps must be at least 1, tolerance and least at least 0")
+    elif plan.stop is not None and not (
+        plan.stop.window >= 1
+        and plan.stop.min_steps >= 1
+        and plan.stop.tolerance >= 0
+        and plan.stop.least >= 0
+    ):
+        faults.append(
+            f"stop = {plan.stop}; window and min_steps must be at least 1, tolerance and least at least 0"
+        )
     return faults

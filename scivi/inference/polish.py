@@ -1,9 +1,10 @@
 """A population of few rows is finished by adaptive importance sampling on its marginal.
 
-Where rows are few the globals' posterior is skewed: neither the normal at its mode nor the one that the ELBO prefers has
-its mean and its spread. Here the normal is moved to the weighted moments of all draws so far, each round weighed by the
-mixture of the Student-t distributions that they were drawn from (AMIS, Cornuet, Marin, Mira and Robert 2012, Scand. J. Stat. 39, 798,
-doi:10.1111/j.1467-9469.2011.00756.x). It costs some hundred evaluations of the full marginal, so it is for few rows.
+Where rows are few the globals' posterior is skewed: neither the normal at its mode nor the one that the ELBO
+prefers has its mean and its spread. Here the normal is moved to the weighted moments of all draws so far,
+each round weighed by the mixture of the Student-t distributions that they were drawn from (AMIS, Cornuet,
+Marin, Mira and Robert 2012, Scand. J. Stat. 39, 798, doi:10.1111/j.1467-9469.2011.00756.x). It costs some
+hundred evaluations of the full marginal, so it is for few rows.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, 
     """
     module, plan = marginal.global_module(bound), marginal.layout(bound, bound.example)
     if module is None or plan.refusal is not None:
-        raise Unsupported(f"the population cannot be polished: {plan.refusal or 'no joint normal holds all globals'}.")
+        raise Unsupported(
+            f"the population cannot be polished: {plan.refusal or 'no joint normal holds all globals'}."
+        )
     with torch.no_grad():
         loc, tril = module.loc.detach().double(), module.scale_tril.double()
         start, dims = (loc, tril @ tril.mT), len(loc)
@@ -68,13 +71,19 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, 
             proposal = MultivariateStudentT(mean.new_tensor(FREEDOM), mean, torch.linalg.cholesky(covariance))
             new = proposal.sample(torch.Size([draws]))
             points, proposals = torch.cat([points, new]), [*proposals, proposal]
-            density = torch.cat([density, torch.stack([_posterior(bound, module, t, rows, plan, per_dim) for t in new])])
-            mixture = torch.logsumexp(torch.stack([p.log_prob(points) for p in proposals]), 0) - math.log(len(proposals))
+            density = torch.cat(
+                [density, torch.stack([_posterior(bound, module, t, rows, plan, per_dim) for t in new])]
+            )
+            mixture = torch.logsumexp(torch.stack([p.log_prob(points) for p in proposals]), 0) - math.log(
+                len(proposals)
+            )
             weight = _truncated(density - mixture)
             ess = float(1 / weight.square().sum())
             mean = weight @ points
             away = points - mean
-            share = ess / (ess + 0.5 * dims * dims)  # as many effective draws as a covariance has numbers: a half
+            share = ess / (
+                ess + 0.5 * dims * dims
+            )  # as many effective draws as a covariance has numbers: a half
             covariance = share * (away.mT * weight) @ away + (1 - share) * start[1]
         log_weight = density - mixture
         told = tuple(round(w, 4) for w in (log_weight - log_weight.max()).clamp_min(-100.0).tolist())
@@ -83,11 +92,18 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, 
 
 
 def _posterior(
-    bound: Bound, module: marginal.JointNormalGuide, theta: Tensor, rows: marginal.Rows, plan: marginal.Layout, per_dim: int
+    bound: Bound,
+    module: marginal.JointNormalGuide,
+    theta: Tensor,
+    rows: marginal.Rows,
+    plan: marginal.Layout,
+    per_dim: int,
 ) -> Tensor:
     """Log posterior density of the globals, up to a constant, with every row integrated."""
     at = theta.to(module.loc)
-    parts = [marginal.log_marginal(bound, module, at, batch, plan, per_dim).double() for batch in rows.all(per_dim)]
+    parts = [
+        marginal.log_marginal(bound, module, at, batch, plan, per_dim).double() for batch in rows.all(per_dim)
+    ]
     return marginal.log_prior(bound, module, at, bound.example).double() + sum(parts)
 
 

@@ -1,7 +1,8 @@
 """Rows that the encoder serves badly get a posterior of their own: an affine map of their noise, optimised row by row.
 
-The guide turns standard normal noise e into z = T(e; x_i, theta). A refined row draws e from N(shift_i, spread_i**2)
-instead. By how much that raises the row's ELBO is its amortisation gap (Cremer, Li and Duvenaud 2018, arXiv:1801.03558),
+The guide turns standard normal noise e into z = T(e; x_i, theta). A refined row draws e from N(shift_i,
+spread_i**2) instead. By how much that raises the row's ELBO is its amortisation gap (Cremer, Li and Duvenaud
+2018, arXiv:1801.03558),
 measured from below: a richer family could gain more.
 """
 
@@ -42,7 +43,9 @@ class Refined:
     gap: Tensor
 
 
-def refine_rows(bound: Bound, batch: Batch, given: Mapping[str, Tensor], rows: Tensor, draws: int) -> Refined | None:
+def refine_rows(
+    bound: Bound, batch: Batch, given: Mapping[str, Tensor], rows: Tensor, draws: int
+) -> Refined | None:
     """Refine some rows of a batch; None if the guide's noise cannot be laid out.
 
     Args:
@@ -108,7 +111,9 @@ def _weights(
     joint = torch.zeros(())
     for _, site in sample_sites(model):
         if row_dim_of(site, (row,)) is not None:
-            joint = joint + by_row(log_prob(site), bound.nesting, plates_of(site)[row]) / row_scale(batch, row)
+            joint = joint + by_row(log_prob(site), bound.nesting, plates_of(site)[row]) / row_scale(
+                batch, row
+            )
     base = (-0.5 * noise.square()).sum(-1)
     own = (-0.5 * points.square()).sum(-1) - log_spread.sum(-1)
     weight = joint - (density[row] - base + own)

@@ -77,7 +77,7 @@ def run_pair(
     """
 
     def placed(name: str, fn: Any) -> Tensor:
-        assert place is not None  # noqa: S101  (only entered with place)
+        assert place is not None
         return place[name](name, fn)
 
     with particle_plate(particles, bound.nesting):
@@ -88,7 +88,9 @@ def run_pair(
             return poutine.trace(poutine.replay(bound.model, trace=guide)).get_trace(batch)
 
         model = bound.frozen(run_model) if frozen_model else run_model()
-    missing = [n for n, s in sample_sites(model) if not s["is_observed"] and n not in guide.nodes and n not in allow]
+    missing = [
+        n for n, s in sample_sites(model) if not s["is_observed"] and n not in guide.nodes and n not in allow
+    ]
     if missing and not batch.predicting:
         raise TemplateError(
             f'template "{bound.template.name}": the guide has no factor for {missing}. Every latent of the model '
@@ -101,7 +103,9 @@ def log_prob(site: Mapping[str, Any], *, scaled: bool = True) -> Tensor:
     """Log density of a site of a trace, masked, and scaled by its plates unless told otherwise."""
     value = site["fn"].log_prob(site["value"])
     if site["mask"] is not None:
-        value = torch.where(torch.as_tensor(site["mask"], device=value.device), value, torch.zeros_like(value))
+        value = torch.where(
+            torch.as_tensor(site["mask"], device=value.device), value, torch.zeros_like(value)
+        )
     return value * site["scale"] if scaled else value
 
 
@@ -146,7 +150,7 @@ class Scores:
     nesting: int
 
     def latent_parts(self) -> dict[str, Tensor]:
-        """log p - log q by latent, each (particles,)."""
+        """Log p - log q by latent, each (particles,)."""
         names = [n for n in {**self.guide, **self.model} if n not in self.observed]
         return {n: self._sum(self.model, n) - self._sum(self.guide, n) for n in names}
 
@@ -160,7 +164,9 @@ class Scores:
     def total(self, side: str, *, local: bool) -> Tensor | float:
         """Sum of the global sites' (or the local sites') log densities of one side, (particles,)."""
         values: dict[str, Tensor] = getattr(self, side)
-        chosen = [by_particle(v, self.nesting) for n, v in values.items() if (self.row_of[n] is not None) == local]
+        chosen = [
+            by_particle(v, self.nesting) for n, v in values.items() if (self.row_of[n] is not None) == local
+        ]
         return sum(chosen) if chosen else 0.0
 
     def local_rows(self, side: str, row_dim: str, scale: float) -> Tensor | float:
@@ -204,7 +210,9 @@ def local_guide_sites(bound: Bound, batch: Batch) -> dict[str, Any]:
     for name, site in sample_sites(trace):
         inside = [p for p in plates_of(site) if p in bound.template.row_dims]
         if len(inside) > 1:
-            raise Unsupported(f'site "{name}" lies in the row dims {inside} at once; per-row bounds need one.')
+            raise Unsupported(
+                f'site "{name}" lies in the row dims {inside} at once; per-row bounds need one.'
+            )
         if inside:
             found[name] = site
     return found

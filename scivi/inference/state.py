@@ -66,7 +66,17 @@ class State:
     finish: dict[str, Any] = field(default_factory=dict)
     stopped: str = ""
 
-    _PLAIN = ("step", "history", "lr_factor", "restarts", "decay_from", "decay_steps", "wall_s", "finish", "stopped")
+    _PLAIN = (
+        "step",
+        "history",
+        "lr_factor",
+        "restarts",
+        "decay_from",
+        "decay_steps",
+        "wall_s",
+        "finish",
+        "stopped",
+    )
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All of it as named tensors (copies) and plain values."""
@@ -136,7 +146,7 @@ class Fit:
     def __repr__(self) -> str:
         ended, objective = self.provenance["fit"], self.history.get("objective", ())
         value = f", objective {float(objective[-1]):.6g} nats per row" if len(objective) else ""
-        steps = f'{ended["steps"]} steps, stopped by {ended["stopped"]}'
+        steps = f"{ended['steps']} steps, stopped by {ended['stopped']}"
         return f'Fit of "{self.template.name}" to {dict(self.sizes)}: {steps}{value}'
 
 
@@ -183,16 +193,24 @@ def load_state(state: State, path: str | Path, identity: Mapping[str, Any]) -> N
     """Take up a checkpoint.
 
     Raises:
-        CheckpointError: it is damaged, or belongs to another template, plan or data; the message lists what differs.
+        CheckpointError: it is damaged, or belongs to another template, plan or data; the message lists what
+            differs.
     """
     tensors, header = _read_tensors(Path(path))
     if header.get("format") != str(FORMAT):
         raise CheckpointError(f'"{path}" has format {header.get("format")}; this version reads {FORMAT}.')
     theirs, ours = json.loads(header["identity"]), json.loads(json.dumps(dict(identity)))
-    different = [f"{k}: there {theirs.get(k)!r}, here {ours.get(k)!r}" for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]
+    different = [
+        f"{k}: there {theirs.get(k)!r}, here {ours.get(k)!r}"
+        for k in sorted({*theirs, *ours})
+        if theirs.get(k) != ours.get(k)
+    ]
     if different:
         raise CheckpointError(
-            listed(f'"{path}" belongs to another fit; resume with what it was begun with, or remove it:', different)
+            listed(
+                f'"{path}" belongs to another fit; resume with what it was begun with, or remove it:',
+                different,
+            )
         )
     state.unpack(tensors, json.loads(header["plain"]))
     if state.stopped == "signal":  # it was asked to stop, and is now asked to go on
@@ -204,7 +222,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f'there is no file "{path}".')
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f'"{path}" cannot be read as safetensors: {error}.') from None
 
@@ -228,11 +246,15 @@ def import_template(reference: str) -> Template:
     """
     module_name, _, name = reference.partition(":")
     if not name:
-        raise TemplateError(f'"{reference}" is not of the form module:name, such as domains.astrophysics.photons:template.')
+        raise TemplateError(
+            f'"{reference}" is not of the form module:name, such as domains.astrophysics.photons:template.'
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise TemplateError(f'there is no module "{module_name}" ({error}); is its folder on the path?') from None
+        raise TemplateError(
+            f'there is no module "{module_name}" ({error}); is its folder on the path?'
+        ) from None
     found = getattr(module, name, None)
     if not isinstance(found, Template):
         offered = sorted(k for k, v in vars(module).items() if isinstance(v, Template))
@@ -243,7 +265,8 @@ def import_template(reference: str) -> Template:
 def save(fit: Fit, directory: str | Path) -> Path:
     """Write a fit: ``fit.json``, tensors in safetensors, ``history.nc``. No code is stored.
 
-    ``fit.json`` names its tensors by their content and is written last, so that a reader meets the old fit or the new.
+    ``fit.json`` names its tensors by their content and is written last, so that a reader meets the old fit or
+    the new.
 
     Args:
         fit: what to write.
@@ -286,7 +309,8 @@ def load(directory: str | Path, template: Template | None = None) -> Fit:
 
     Args:
         directory: of the fit.
-        template: the template, if it cannot be imported by the name under which it was saved (a notebook's own).
+        template: the template, if it cannot be imported by the name under which it was saved (a notebook's
+            own).
 
     Raises:
         CheckpointError: nothing or something damaged is there; the template has changed since.
@@ -315,7 +339,9 @@ def load(directory: str | Path, template: Template | None = None) -> Fit:
     try:
         bound.nets.load_state_dict(_under(tensors, "nets."))
     except RuntimeError as error:
-        raise CheckpointError(f'"{directory}" does not fit template "{template.name}" as it is now: {error}') from None
+        raise CheckpointError(
+            f'"{directory}" does not fit template "{template.name}" as it is now: {error}'
+        ) from None
     history = xr.load_dataset(directory / "history.nc", engine="h5netcdf")
     return Fit(freeze(bound), meta["coords"], plan, history, meta["provenance"], _under(tensors, "seen."))
 
@@ -324,7 +350,9 @@ def _tuples(prior: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in prior.items()}
 
 
-def _example(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], template: Template, plan: Plan) -> Batch:
+def _example(
+    tensors: Mapping[str, Tensor], sizes: Mapping[str, int], template: Template, plan: Plan
+) -> Batch:
     index = _under(tensors, "index.")
     return Batch(_under(tensors, "example."), _under(tensors, "mask."), sizes, template.row_dims, index)
 
@@ -339,7 +367,9 @@ def new_state(bound: Bound, feed: Feed, plan: Plan) -> State:
     """The state of a fit that has not taken a step."""
     parameters = [p for p in bound.nets.parameters() if p.requires_grad]
     if not parameters:
-        raise TemplateError(f'template "{bound.template.name}": neither model nor guide has anything to learn.')
+        raise TemplateError(
+            f'template "{bound.template.name}": neither model nor guide has anything to learn.'
+        )
     makers = {
         "adam": lambda: torch.optim.Adam(parameters, lr=plan.lr, fused=True),
         "sgd": lambda: torch.optim.SGD(parameters, lr=plan.lr, momentum=0.9),

@@ -101,7 +101,11 @@ def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitE
         state.feed.restore(cursor)
         torch.set_rng_state(random)
         site, rows = _bad_site(objective.bound, batch)
-        what = f'the log density of site "{site}" is not finite' if site else f"the gradient of {gradient} is not finite"
+        what = (
+            f'the log density of site "{site}" is not finite'
+            if site
+            else f"the gradient of {gradient} is not finite"
+        )
         where = f" in rows {list(rows[:5])}{' ...' if len(rows) > 5 else ''}" if rows else ""
         return FitError(
             f"the fit diverged at step {step}: {what}{where}. Lower the learning rate (now {plan.lr:g}), look at those "
@@ -110,7 +114,9 @@ def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitE
             site=site,
             rows=rows,
         )
-    return FitError(f"the fit diverged near step {state.step}, but not when the steps were taken again.", step=state.step)
+    return FitError(
+        f"the fit diverged near step {state.step}, but not when the steps were taken again.", step=state.step
+    )
 
 
 def _bad_gradient(bound: Bound) -> str:
@@ -136,7 +142,11 @@ def _bad_site(bound: Bound, batch: Batch) -> tuple[str | None, tuple[int, ...]]:
             dims = {f.name: f.dim for f in site["cond_indep_stack"]}
             if row not in dims:
                 return name, ()
-            places = bad.movedim(dims[row], 0).flatten(1).any(1).nonzero().flatten() if bad.dim() > 1 else bad.nonzero().flatten()
+            places = (
+                bad.movedim(dims[row], 0).flatten(1).any(1).nonzero().flatten()
+                if bad.dim() > 1
+                else bad.nonzero().flatten()
+            )
             index = batch.index[row][places] if row in batch.index else places
             return name, tuple(int(i) for i in index)
     return None, ()

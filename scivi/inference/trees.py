@@ -28,7 +28,9 @@ def arranged(value: Tensor, n_draws: int, shape: Sequence[int]) -> np.ndarray:
     return np.broadcast_to(array.reshape(shape), (n_draws, *shape)).copy()
 
 
-def dataset(named: Named, coords: Mapping[str, Any], units: Mapping[str, str], *, sampled: bool) -> xr.Dataset:
+def dataset(
+    named: Named, coords: Mapping[str, Any], units: Mapping[str, str], *, sampled: bool
+) -> xr.Dataset:
     """One group: variables with dims, the coordinates of those dims, units in the attributes.
 
     Args:

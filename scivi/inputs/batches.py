@@ -76,8 +76,12 @@ class Batch:
                 f'there is no dim "{name}" to make a plate of; the data have {sorted(self.sizes)}. '
                 f'Give its size in Template(sizes={{"{name}": ...}}).'
             )
-        with poutine.block(hide=[name]):  # a plate's own site stays out of traces, so that it can be entered again
-            return pyro.plate(name, self.sizes[name], subsample=self.index.get(name, _all_of(self, name)), dim=dim)
+        with poutine.block(
+            hide=[name]
+        ):  # a plate's own site stays out of traces, so that it can be entered again
+            return pyro.plate(
+                name, self.sizes[name], subsample=self.index.get(name, _all_of(self, name)), dim=dim
+            )
 
     def observe(self, name: str, distribution: Any) -> Tensor:
         """A sample site given the data: missing entries are masked out, and it is free when predicting.
@@ -89,7 +93,9 @@ class Batch:
         mask = self.observed_mask.get(name)
         if mask is not None:
             if isinstance(distribution, Independent):
-                distribution = distribution.base_dist.mask(mask).to_event(distribution.reinterpreted_batch_ndims)
+                distribution = distribution.base_dist.mask(mask).to_event(
+                    distribution.reinterpreted_batch_ndims
+                )
             else:
                 event = distribution.event_dim
                 distribution = distribution.mask(mask.flatten(-event).all(-1) if event else mask)
@@ -127,7 +133,10 @@ def make_batch(
         if f.role == "observed" and array.dtype.kind == "f":
             missing = tensor.isnan()
             if bool(missing.any()):
-                masks[name], tensor = ~missing, torch.where(missing, torch.full_like(tensor, f.feasible), tensor)
+                masks[name], tensor = (
+                    ~missing,
+                    torch.where(missing, torch.full_like(tensor, f.feasible), tensor),
+                )
         values[name] = tensor
     index = {k: torch.as_tensor(v, device=device) for k, v in index.items()}
     return Batch(values, masks, dict(sizes), rows, index)
@@ -159,8 +168,8 @@ class Cursor:
 class Order:
     """Seeded order of rows: shuffled within groups of blocks, blocks shuffled, a new order each epoch.
 
-    A group that holds all rows gives a full shuffle. The incomplete batch at the end of an epoch is left out: every
-    row has the same chance of that, so the minibatch objective stays unbiased.
+    A group that holds all rows gives a full shuffle. The incomplete batch at the end of an epoch is left out:
+    every row has the same chance of that, so the minibatch objective stays unbiased.
 
     Args:
         n: number of rows.
@@ -180,7 +189,9 @@ class Order:
             rng = np.random.default_rng([self.seed, epoch])
             blocks, first = rng.permutation(-(-self.n // self.block)), rng.integers(self.n)
             chosen = blocks[group * self.blocks : (group + 1) * self.blocks]
-            rows = np.concatenate([np.arange(b * self.block, min(self.n, (b + 1) * self.block)) for b in chosen])
+            rows = np.concatenate(
+                [np.arange(b * self.block, min(self.n, (b + 1) * self.block)) for b in chosen]
+            )
             rows = (rows + first) % self.n  # each row has the same chance of standing in the short last block
             rows = np.random.default_rng([self.seed, epoch, group]).permutation(rows)
             self._cache = (epoch, group, rows)
@@ -208,13 +219,14 @@ class Order:
 class Feed:
     """Minibatches for training, forever, in an order that only the seed decides.
 
-    Data up to ``resident_bytes`` are moved to the device once; larger ones are read a group of blocks at a time by a
-    thread that stays one group ahead.
+    Data up to ``resident_bytes`` are moved to the device once; larger ones are read a group of blocks at a
+    time by a thread that stays one group ahead.
 
     Args:
         source: where rows are read from.
         fields, rows: of the template.
-        rows_per_batch: rows wanted along the first row dim (others take as many, or all they have); None for all.
+        rows_per_batch: rows wanted along the first row dim (others take as many, or all they have); None for
+            all.
         seed: of the order.
         device, dtype: of the tensors.
         resident_bytes: the most that is kept on the device as a whole.
@@ -264,14 +276,21 @@ class Feed:
         sizes = {row: size for row in self.rows if (size := self.size_of(row)) is not None}
         pieces = {row: self.orders[row].next(size, self.cursors[row]) for row, size in sizes.items()}
         if self._table is not None:
-            index = {row: torch.as_tensor(self._places(row, got), device=self.device) for row, got in pieces.items()}
+            index = {
+                row: torch.as_tensor(self._places(row, got), device=self.device)
+                for row, got in pieces.items()
+            }
             return take(self._table, index, self.fields) if index else self._table
         first = self.rows[0]
         if first not in pieces:
             return self._read({})
         parts = [self._part(key, places) for key, places in pieces[first]]
         batch = parts[0] if len(parts) == 1 else self._joined(parts)
-        rest = {r: torch.as_tensor(self._places(r, got), device=self.device) for r, got in pieces.items() if r != first}
+        rest = {
+            r: torch.as_tensor(self._places(r, got), device=self.device)
+            for r, got in pieces.items()
+            if r != first
+        }
         if rest:
             batch = replace(take(batch, rest, self.fields), index={**batch.index, **rest})
         return batch
@@ -291,7 +310,7 @@ class Feed:
         return replace(take(group, {first: chosen}, self.fields), index={first: group.index[first][chosen]})
 
     def _submit(self, key: tuple[int, int]) -> Future[Batch]:
-        assert self._pool is not None  # noqa: S101  (only called for sources that are not resident)
+        assert self._pool is not None
         first, order = self.rows[0], Order(*self._order_args())
         return self._pool.submit(lambda: self._read({first: order.group(*key)}))
 
@@ -309,7 +328,9 @@ class Feed:
         values = {n: join(n, [p.values[n] for p in parts]) for n in parts[0].values}
         masked = {n for p in parts for n in p.observed_mask}
         masks = {
-            n: join(n, [p.observed_mask.get(n, torch.ones_like(p.values[n], dtype=torch.bool)) for p in parts])
+            n: join(
+                n, [p.observed_mask.get(n, torch.ones_like(p.values[n], dtype=torch.bool)) for p in parts]
+            )
             for n in masked
         }
         index = {first: torch.cat([p.index[first] for p in parts])}

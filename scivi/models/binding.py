@@ -87,7 +87,9 @@ class Bound:
 
     def holding(self, parameters: Mapping[str, Tensor], run: Callable[[], _T]) -> _T:
         """Run a function with other values in place of the nets' parameters."""
-        return torch.func.functional_call(_Holder(self.nets), {f"nets.{k}": v for k, v in parameters.items()}, (run,))
+        return torch.func.functional_call(
+            _Holder(self.nets), {f"nets.{k}": v for k, v in parameters.items()}, (run,)
+        )
 
     def frozen(self, run: Callable[[], _T]) -> _T:
         """Run a function through whose parameters no gradient flows."""
@@ -110,12 +112,13 @@ def bind(template: Template, example: Batch, seed: int) -> Bound:
 
     Args:
         template: what to bind.
-        example: a few rows of the data, or all; its ``sizes`` are those of the full data. It fixes the dtype and the
-            device of the parameters.
+        example: a few rows of the data, or all; its ``sizes`` are those of the full data. It fixes the dtype
+            and the device of the parameters.
         seed: of the initial values.
 
     Raises:
-        TemplateError: the guide is no function and no family; the model cannot be run; sites and dims disagree.
+        TemplateError: the guide is no function and no family; the model cannot be run; sites and dims
+            disagree.
     """
     some = next(iter(example.values.values()))
     with seeded(stream_seed(seed, "init"), some.device):
@@ -156,9 +159,14 @@ def _guide_module(
 
 def _check_sites(template: Template, run: poutine.Trace, sites: tuple[Site, ...]) -> None:
     known = {name for name, node in run.nodes.items() if node["type"] == "sample"}
-    faults = [f'dims lists "{name}", but the model has no such site' for name in template.dims if name not in known]
+    faults = [
+        f'dims lists "{name}", but the model has no such site' for name in template.dims if name not in known
+    ]
     observed = set(template.observed)
-    faults += [f'observed field "{name}" is never scored: call batch.observe("{name}", ...)' for name in observed - known]
+    faults += [
+        f'observed field "{name}" is never scored: call batch.observe("{name}", ...)'
+        for name in observed - known
+    ]
     for site in sites:
         if site.name in template.dims and len(site.shape) != len(template.dims[site.name]):
             faults.append(

@@ -7,8 +7,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-# Background counts summed: mean + 10 sd, and as many beyond as the last, geometric part of the tail takes to fall by 36
-# nats; what is left out is below float64's epsilon.
+# Background counts summed: mean + 10 sd, and as many beyond as the last, geometric part of the tail takes to
+# fall by 36 nats; what is left out is below float64's epsilon.
 _EXTRA_SD, _EXTRA_NATS = 10.0, 36.0
 
 
@@ -18,14 +18,15 @@ class PoissonOverBackground(TorchDistribution):
         n ~ Poisson(rate + b),  b ~ Gamma(shape, inverse_scale)
         p(n) = sum_k NegBin(k; shape, inverse_scale) Poisson(n - k; rate),  k = 0 .. n
 
-    With a flat prior on b >= 0 and ``m`` counts in a background aperture 1/alpha times as large, shape = m + 1 and
-    inverse_scale = 1/alpha (Primini and Kashyap 2014, ApJ 796, 24, section 2; Loredo 1992).
+    With a flat prior on b >= 0 and ``m`` counts in a background aperture 1/alpha times as large, shape = m +
+    1 and inverse_scale = 1/alpha (Primini and Kashyap 2014, ApJ 796, 24, section 2; Loredo 1992).
 
     Args:
         rate: expected source counts, > 0.
         shape: of the background's gamma, > 0.
         inverse_scale: of it, > 0.
-        most: largest count that will be scored, to size the sum; None reads it off the values (a wait on the device).
+        most: largest count that will be scored, to size the sum; None reads it off the values (a wait on the
+            device).
     """
 
     arg_constraints = {
@@ -36,7 +37,13 @@ class PoissonOverBackground(TorchDistribution):
     support = constraints.nonnegative_integer
 
     def __init__(
-        self, rate: Tensor, shape: Tensor, inverse_scale: Tensor, *, most: int | None = None, validate_args: bool | None = None
+        self,
+        rate: Tensor,
+        shape: Tensor,
+        inverse_scale: Tensor,
+        *,
+        most: int | None = None,
+        validate_args: bool | None = None,
     ) -> None:
         # Not broadcast against each other: the sum's weights are then made once, and not for every rate.
         self.rate, self.shape_, self.inverse_scale, self.most = rate, shape, inverse_scale, most
@@ -46,7 +53,9 @@ class PoissonOverBackground(TorchDistribution):
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> PoissonOverBackground:
         """The same distribution over a larger batch."""
         rate = self.rate.expand(batch_shape)
-        return PoissonOverBackground(rate, self.shape_, self.inverse_scale, most=self.most, validate_args=False)
+        return PoissonOverBackground(
+            rate, self.shape_, self.inverse_scale, most=self.most, validate_args=False
+        )
 
     @property
     def mean(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Guide families: mean field, joint normal (full or low rank), Laplace base with skew, conditional flow.
 
-A family is a frozen value with one method, ``build``, which makes the torch module that ``bind`` calls as the guide.
-Amortised guides are written by hand from the parts here, as plain functions ``(batch, prior, nets)``.
+A family is a frozen value with one method, ``build``, which makes the torch module that ``bind`` calls as the
+guide. Amortised guides are written by hand from the parts here, as plain functions ``(batch, prior, nets)``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _refuse_discrete(sites: Sequence[Site], family: str) -> None:
     discrete = [s.name for s in sites if s.discrete]
     if discrete:
         raise TemplateError(
-            f'the {family} guide has no factor for the discrete latents {discrete}. Sum them in the model, '
+            f"the {family} guide has no factor for the discrete latents {discrete}. Sum them in the model, "
             f'write a guide that leaves them out and fit with Plan(estimator="enumerate"), or give them a factor.'
         )
 
@@ -111,7 +111,7 @@ class MeanFieldNormal(nn.Module):
                 pyro.sample(site.name, dist.TransformedDistribution(base, [biject_to(site.support)]))
 
 
-class _plates:  # noqa: N801  (reads as a function: with _plates(batch, site))
+class _plates:
     """All plates of a site, entered together."""
 
     def __init__(self, batch: Batch, site: Site) -> None:
@@ -130,8 +130,10 @@ class _plates:  # noqa: N801  (reads as a function: with _plates(batch, site))
 class JointNormal:
     """One normal over all latents together, on the unbounded scale.
 
-    Use ``rank=None`` for a full covariance, a number for diagonal plus that many factors. Needs the full batch if there
-    are latents per row: it does not scale with rows. For the globals of an amortised template, ``global_normal`` makes
+    Use ``rank=None`` for a full covariance, a number for diagonal plus that many factors. Needs the full
+    batch if there
+    are latents per row: it does not scale with rows. For the globals of an amortised template,
+        ``global_normal`` makes
     the same module for use in ``nets``.
 
     Args:
@@ -147,7 +149,10 @@ class JointNormal:
         _refuse_discrete(sites, "joint normal")
         values = {s.name: _unconstrained(s, starts) for s in sites}
         return JointNormalGuide(
-            tuple(_Slot(s.name, v.shape, e, s.support, s.plates, s.row_dim) for s, (v, e) in zip(sites, values.values(), strict=True)),
+            tuple(
+                _Slot(s.name, v.shape, e, s.support, s.plates, s.row_dim)
+                for s, (v, e) in zip(sites, values.values(), strict=True)
+            ),
             torch.cat([v.reshape(-1) for v, _ in values.values()]),
             self.scale,
             self.rank,
@@ -188,13 +193,17 @@ class JointNormalGuide(nn.Module):
         self.loc = nn.Parameter(start.detach().clone())
         self.log_diag = nn.Parameter(torch.full_like(start, scale).log())
         shape = (start.numel(), start.numel() if rank is None else rank)
-        self.factor = nn.Parameter(torch.zeros(shape, dtype=start.dtype) + (0.0 if rank is None else 1e-2 * scale))
+        self.factor = nn.Parameter(
+            torch.zeros(shape, dtype=start.dtype) + (0.0 if rank is None else 1e-2 * scale)
+        )
 
     @property
     def scale_tril(self) -> Tensor:
         """Cholesky factor of the covariance (full rank only); rows are scaled, so that Adam's steps are in sd."""
         scale = self.log_diag.exp()
-        return scale[:, None] * (self.factor.tril(-1) + torch.eye(len(scale), dtype=scale.dtype, device=scale.device))
+        return scale[:, None] * (
+            self.factor.tril(-1) + torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+        )
 
     def distribution(self) -> dist.TorchDistribution:
         """The joint normal, event (D,)."""
@@ -225,7 +234,10 @@ class JointNormalGuide(nn.Module):
                 f"fit it with Plan(rows_per_batch=None), on the data that it was bound to."
             )
         joint = pyro.sample(self.name, self.distribution(), infer={"is_auxiliary": True})
-        return {slot.name: self._site(slot, part, batch) for slot, part in zip(self.slots, self._parts(joint), strict=True)}
+        return {
+            slot.name: self._site(slot, part, batch)
+            for slot, part in zip(self.slots, self._parts(joint), strict=True)
+        }
 
     def _parts(self, joint: Tensor) -> list[Tensor]:
         """The joint vector cut into sites, each (*lead, *plates, *event); lead are the dims left of the plates."""
@@ -278,8 +290,8 @@ def global_normal(
 class SinhArcsinh(torch.distributions.Transform):
     """Skew and tail weight for each coordinate: y = (sinh((asinh(x) + skew) * tail) - m) / s.
 
-    ``m`` and ``s`` keep the point x = 0 at 0 and the slope there at 1, so that skew and tail change the shape while
-    place and width stay with the affine map that follows.
+    ``m`` and ``s`` keep the point x = 0 at 0 and the slope there at 1, so that skew and tail change the shape
+    while place and width stay with the affine map that follows.
 
     Args:
         skew: real, 0 for none.
@@ -304,7 +316,9 @@ class SinhArcsinh(torch.distributions.Transform):
 
     def _call(self, x: Tensor) -> Tensor:
         centre = self.skew * self.tail
-        return (torch.sinh((torch.asinh(x) + self.skew) * self.tail) - torch.sinh(centre)) / self._slope(centre)
+        return (torch.sinh((torch.asinh(x) + self.skew) * self.tail) - torch.sinh(centre)) / self._slope(
+            centre
+        )
 
     def _inverse(self, y: Tensor) -> Tensor:
         return torch.sinh(torch.asinh(self._raw(y)) / self.tail - self.skew)
@@ -318,7 +332,7 @@ class SinhArcsinh(torch.distributions.Transform):
         return y * self._slope(centre) + torch.sinh(centre)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log |dy/dx|, each coordinate; cosh(a)**2 = 1 + sinh(a)**2 saves taking the angle again."""
+        """Log |dy/dx|, each coordinate; cosh(a)**2 = 1 + sinh(a)**2 saves taking the angle again."""
         centre = torch.sinh(self.skew * self.tail)
         return 0.5 * (torch.log1p(self._raw(y).square()) - torch.log1p(x * x) - torch.log1p(centre.square()))
 
@@ -350,7 +364,7 @@ class TrilAffine(torch.distributions.Transform):
         return torch.linalg.solve_triangular(self.tril, (y - self.loc).unsqueeze(-1), upper=False).squeeze(-1)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log det of tril, each batch."""
+        """Log det of tril, each batch."""
         return self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1).expand(x.shape[:-1])
 
 
@@ -374,20 +388,24 @@ def skew_normal(loc: Tensor, scale_tril: Tensor, skew: Tensor, tail: Tensor) -> 
 
 
 def laplace(
-    derivatives: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, *, steps: int = 6, max_step: float = 1.0
+    derivatives: Callable[[Tensor], tuple[Tensor, Tensor]],
+    start: Tensor,
+    *,
+    steps: int = 6,
+    max_step: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Mode and Cholesky factor of the covariance at the mode, by Newton steps on each row at once.
 
     Args:
-        derivatives: from points (*batch, d) to gradient (*batch, d) and negative Hessian (*batch, d, d), positive
-            definite, of the log density.
+        derivatives: from points (*batch, d) to gradient (*batch, d) and negative Hessian (*batch, d, d),
+            positive definite, of the log density.
         start: (*batch, d).
         steps: Newton steps.
         max_step: the most by which a coordinate moves in a step.
 
     Returns:
-        Mode (*batch, d) and lower Cholesky factor of the inverse of the negative Hessian (*batch, d, d), both detached:
-        a guide corrects them by a network, and learns through that.
+        Mode (*batch, d) and lower Cholesky factor of the inverse of the negative Hessian (*batch, d, d), both
+        detached: a guide corrects them by a network, and learns through that.
     """
     with torch.no_grad():
         point = start
@@ -451,7 +469,9 @@ def conditional_flow(features: int, context: int, spec: FlowSpec | None = None) 
 
     spec = spec or FlowSpec()
     makers = {"spline": zuko.flows.NSF, "affine": zuko.flows.MAF}
-    return makers[spec.kind](features, context=context, transforms=spec.transforms, hidden_features=spec.hidden)
+    return makers[spec.kind](
+        features, context=context, transforms=spec.transforms, hidden_features=spec.hidden
+    )
 
 
 def flow_distribution(flow: nn.Module, context: Tensor) -> dist.TorchDistribution:
@@ -515,7 +535,9 @@ def push(fn: Any, noise: Tensor) -> tuple[Tensor, Tensor]:
         event_dim, slopes = len(fn.event_shape), 0.0
         for transform, x, y in zip(reversed(fn.transforms), path[-2::-1], path[::-1], strict=False):
             event_dim += transform.domain.event_dim - transform.codomain.event_dim
-            slopes = slopes + _sum_right(transform.log_abs_det_jacobian(x, y), event_dim - transform.domain.event_dim)
+            slopes = slopes + _sum_right(
+                transform.log_abs_det_jacobian(x, y), event_dim - transform.domain.event_dim
+            )
         return path[-1], _sum_right(density, event_dim - len(fn.base_dist.event_shape)) - slopes
     squares = -0.5 * noise * noise - _HALF_LOG_2PI
     if isinstance(fn, torch.distributions.MultivariateNormal):

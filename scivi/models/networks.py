@@ -17,7 +17,8 @@ def perceptron(
         inputs: features in.
         outputs: features out.
         hidden: widths of the layers between.
-        last: factor on the starting weights of the last layer; 0 starts at zero output, which suits a correction.
+        last: factor on the starting weights of the last layer; 0 starts at zero output, which suits a
+            correction.
         norm: put a layer norm before each activation.
     """
     layers: list[nn.Module] = []
@@ -45,7 +46,10 @@ class SetEncoder(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, width: int = 64) -> None:
         super().__init__()
-        self.element, self.whole = perceptron(inputs, width, (width,)), perceptron(width + 1, outputs, (width,))
+        self.element, self.whole = (
+            perceptron(inputs, width, (width,)),
+            perceptron(width + 1, outputs, (width,)),
+        )
 
     def forward(self, elements: Tensor, present: Tensor | None = None) -> Tensor:
         """Encode (*batch, element, inputs); ``present`` (*batch, element) is True where an element counts."""

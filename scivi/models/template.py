@@ -31,18 +31,22 @@ class Template:
         fields: the table that the model needs, by field name.
         rows: the dim, or dims, whose entries may be minibatched, each on its own.
         model: ``(batch, prior, nets) -> None``; pyro sample sites, the generative story.
-        dims: every latent or deterministic site that is reported, with the names of its dims. A latent that is not
+        dims: every latent or deterministic site that is reported, with the names of its dims. A latent that
+            is not
             listed is auxiliary: fitted, but not reported.
-        guide: ``(batch, prior, nets) -> None``, or one of the families in ``scivi.models.guides``; None is the
-            mean-field normal over all latents.
-        nets: ``(sizes, prior) -> nn.Module``, everything learnable, made afresh at each call; None if there is none.
+        guide: ``(batch, prior, nets) -> None``, or one of the families in ``scivi.models.guides``; None is
+            the mean-field normal over all latents.
+        nets: ``(sizes, prior) -> nn.Module``, everything learnable, made afresh at each call; None if there
+            is none.
         prior: frozen dataclass of the model's numbers, each with unit and source.
-        simulate: ``(sizes, prior, generator) -> (table, truth)``, both ``xarray.Dataset``; None runs the model forward.
+        simulate: ``(sizes, prior, generator) -> (table, truth)``, both ``xarray.Dataset``; None runs the
+            model forward.
         units: unit of each reported site; "1" where absent.
-        sizes: of dims that no field has: a number (a latent dimension), or the name of the dim that it equals.
+        sizes: of dims that no field has: a number (a latent dimension), or the name of the dim that it
+            equals.
         coords: labels along such dims.
-        validate: ``(values, coords) -> faults``, from the fields without rows and the labels of all dims to sentences on
-            what is wrong with the data; it sees what the fields' supports cannot say.
+        validate: ``(values, coords) -> faults``, from the fields without rows and the labels of all dims to
+            sentences on what is wrong with the data; it sees what the fields' supports cannot say.
 
     Raises:
         TemplateError: listing every fault.
@@ -66,7 +70,12 @@ class Template:
         rows = (self.rows,) if isinstance(self.rows, str) else tuple(self.rows)
         object.__setattr__(self, "rows", rows)
         dims = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in self.dims.items()}
-        for name, value in (("fields", self.fields), ("dims", dims), ("units", self.units), ("sizes", self.sizes)):
+        for name, value in (
+            ("fields", self.fields),
+            ("dims", dims),
+            ("units", self.units),
+            ("sizes", self.sizes),
+        ):
             object.__setattr__(self, name, MappingProxyType(dict(value)))
         object.__setattr__(self, "coords", MappingProxyType({k: tuple(v) for k, v in self.coords.items()}))
         if faults := self._faults():
@@ -78,16 +87,32 @@ class Template:
         known = of_fields | set(self.sizes)
         if not self.rows:
             faults.append("rows names no dim")
-        faults += [f'rows "{row}" is a dim of no field; fields have {sorted(of_fields)}' for row in self.rows if row not in of_fields]
+        faults += [
+            f'rows "{row}" is a dim of no field; fields have {sorted(of_fields)}'
+            for row in self.rows
+            if row not in of_fields
+        ]
         for site, dims in self.dims.items():
             unknown = [d for d in dims if d not in known]
             if unknown:
-                faults.append(f'site "{site}" has dims {unknown} that no field has; give their size in sizes=')
+                faults.append(
+                    f'site "{site}" has dims {unknown} that no field has; give their size in sizes='
+                )
             if {"chain", "draw"} & set(dims):
-                faults.append(f'site "{site}": "chain" and "draw" are added to every result; leave them out of dims')
-        faults += [f'unit given for "{site}", which dims does not list' for site in self.units if site not in self.dims]
+                faults.append(
+                    f'site "{site}": "chain" and "draw" are added to every result; leave them out of dims'
+                )
+        faults += [
+            f'unit given for "{site}", which dims does not list'
+            for site in self.units
+            if site not in self.dims
+        ]
         faults += [f"{name} must be a function" for name in ("model",) if not callable(self.model)]
-        if not is_dataclass(self.prior) or isinstance(self.prior, type) or not self.prior.__dataclass_params__.frozen:  # type: ignore[union-attr]
+        if (
+            not is_dataclass(self.prior)
+            or isinstance(self.prior, type)
+            or not self.prior.__dataclass_params__.frozen
+        ):  # type: ignore[union-attr]
             faults.append("prior must be a value of a frozen dataclass")
         return faults
 

@@ -12,7 +12,11 @@ from scipy.stats import cauchy, expon, norm
 
 from scivi.analysis import report
 
-FINISH = {"method": "importance sampling", "draws": 800, "log_weight": (0.8 * norm.ppf((np.arange(800) + 0.5) / 800)).tolist()}
+FINISH = {
+    "method": "importance sampling",
+    "draws": 800,
+    "log_weight": (0.8 * norm.ppf((np.arange(800) + 0.5) / 800)).tolist(),
+}
 HEAVY = (2.0 * expon.ppf((np.arange(800) + 0.5) / 800)).tolist()  # weights of a Pareto law with k = 2
 
 

@@ -121,7 +121,8 @@ NAMES = [
     "St. Paul's",
     "Mt. Hermon",
 ]
-# Rubin 1981, J. Educ. Stat. 6(4), 377-401, table 1 (rounded as in Gelman et al., Bayesian Data Analysis, section 5.5)
+# Rubin 1981, J. Educ. Stat. 6(4), 377-401, table 1 (rounded as in Gelman et al., Bayesian Data Analysis,
+# section 5.5)
 EIGHT = xr.Dataset(
     {
         "effect": ("school", [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),

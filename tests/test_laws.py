@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+
+import scivi
+from domains.astrophysics import photons
+from scivi.errors import DataError
+from scivi.laws import LAWS, check
+from scivi.models.guides import JointNormal, MeanField
+
+
+@dataclass(frozen=True)
+class Prior:
+    effect_sd: float = 5.0
+    spread: float = 5.0
+
+
+def schools_model(batch, prior, nets):
+    mu = pyro.sample("mu", dist.Normal(0.0, prior.effect_sd))
+    tau = pyro.sample("tau", dist.HalfNormal(prior.spread))
+    with batch.plate("school"):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        theta = pyro.deterministic("theta", mu + tau * z)
+        batch.observe("effect", dist.Normal(theta, batch.sd))
+
+
+SCHOOLS = scivi.Template(
+    name="schools",
+    rows="school",
+    model=schools_model,
+    prior=Prior(),
+    fields={"effect": scivi.Field(("school",), role="observed"), "sd": scivi.Field(("school",))},
+    dims={"mu": (), "tau": (), "theta": ("school",)},
+)
+TABLE = xr.Dataset({"effect": ("school", [28.0, 8.0, -3.0, 7.0]), "sd": ("school", [15.0, 10.0, 16.0, 11.0])})
+
+TEMPLATES = {
+    "photons": photons.template,
+    "photons, flat": photons.flat,
+    "photons, known": photons.known,
+    "schools, mean field": replace(SCHOOLS, guide=MeanField()),
+    "schools, joint normal": replace(SCHOOLS, guide=JointNormal()),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_law_holds_for(name):
+    found = check(TEMPLATES[name], seed=1)
+    broken = {str(law): str(found.detail.sel(law=law).values) for law in found.law.values[~found.ok.values]}
+    assert broken == {}
+    assert found.attrs["ok"] == 1
+    assert found.law.values.tolist() == list(LAWS)
+
+
+class Level(nn.Module):
+    def __init__(self, idle: bool = False) -> None:
+        super().__init__()
+        self.loc, self.log_scale = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(-1.0))
+        if idle:
+            self.idle = nn.Parameter(torch.zeros(3))
+
+
+def level_model(batch, prior, nets):
+    level = pyro.sample("level", dist.Normal(0.0, 5.0))
+    with batch.plate("row"):
+        batch.observe("y", dist.Normal(level, 1.0))
+
+
+def level_guide(batch, prior, nets):
+    pyro.sample("level", dist.Normal(nets.loc, nets.log_scale.exp()))
+
+
+LEVEL = scivi.Template(
+    name="level",
+    rows="row",
+    model=level_model,
+    guide=level_guide,
+    nets=lambda sizes, prior: Level(),
+    fields={"y": scivi.Field(("row",), role="observed")},
+    dims={"level": ()},
+)
+
+
+def test_the_template_that_is_planted_with_faults_has_none_before():
+    assert check(LEVEL).attrs["ok"] == 1
+
+
+def misses_a_latent(batch, prior, nets):
+    level = pyro.sample("level", dist.Normal(0.0, 5.0))
+    slope = pyro.sample("slope", dist.Normal(0.0, 5.0))
+    with batch.plate("row"):
+        batch.observe("y", dist.Normal(level + slope, 1.0))
+
+
+def has_one_too_many(batch, prior, nets):
+    level_guide(batch, prior, nets)
+    pyro.sample("slope", dist.Normal(nets.loc, 1.0))
+
+
+def scales_nothing(batch, prior, nets):
+    level = pyro.sample("level", dist.Normal(0.0, 5.0))
+    with pyro.plate("row", len(batch.y)):
+        batch.observe("y", dist.Normal(level, 1.0))
+
+
+def takes_a_parameter_of_the_process(batch, prior, nets):
+    level = pyro.sample("level", dist.Normal(0.0, 5.0))
+    noise = pyro.param("noise", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with batch.plate("row"):
+        batch.observe("y", dist.Normal(level, noise))
+
+
+def sums_over_draws(batch, prior, nets):
+    level = pyro.sample("level", dist.Normal(0.0, 5.0))
+    with batch.plate("row"):
+        batch.observe("y", dist.Normal(level.sum() + 0 * level, 1.0))
+
+
+def writes_into_its_data(batch, prior, nets):
+    batch.y.sub_(1.0)
+    level_model(batch, prior, nets)
+
+
+def draws_from_another_stream(batch, prior, nets):
+    offset = float(np.random.default_rng().normal())
+    level = pyro.sample("level", dist.Normal(offset, 5.0))
+    with batch.plate("row"):
+        batch.observe("y", dist.Normal(level, 1.0))
+
+
+def has_no_gradient(batch, prior, nets):
+    pyro.sample("level", dist.Normal(nets.loc, nets.log_scale.exp().detach()))
+
+
+class Forgetful(Level):
+    """Keeps what it starts from outside of its state."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Forgetful.made += 1
+        self.shift = torch.tensor(float(Forgetful.made))
+
+
+def forgetful_guide(batch, prior, nets):
+    pyro.sample("level", dist.Normal(nets.loc + nets.shift, nets.log_scale.exp()))
+
+
+def wrong_truth(sizes, prior, generator):
+    rng = np.random.default_rng(generator.initial_seed())
+    table = xr.Dataset({"y": ("row", rng.normal(size=sizes["row"]))})
+    return table, xr.Dataset({"levels": ((), 0.0)})
+
+
+PLANTED = {
+    "a latent without a factor": ("guide", replace(LEVEL, model=misses_a_latent), "no factor for ['slope']"),
+    "a factor without a latent": (
+        "guide", replace(LEVEL, guide=has_one_too_many), "samples ['slope'], which the model does not have",
+    ),
+    "a plate that does not scale": (
+        "minibatch", replace(LEVEL, model=scales_nothing), "is every site of a row inside batch.plate",
+    ),
+    "a parameter of the process": (
+        "parameter store", replace(LEVEL, model=takes_a_parameter_of_the_process), "pyro.param or pyro.module put ['noise']",
+    ),
+    "wrong dims": ("sites", replace(LEVEL, dims={"level": ("row",)}), "site \"level\" has shape (), but dims says ('row',)"),
+    "a sum over draws": ("particles", replace(LEVEL, model=sums_over_draws), "leading dims are left alone"),
+    "data written to": ("untouched data", replace(LEVEL, model=writes_into_its_data), "['y'] were written to"),
+    "an unseeded stream": ("same seed", replace(LEVEL, model=draws_from_another_stream), "draws from an unseeded stream"),
+    "a factor of fixed width": ("gradients", replace(LEVEL, guide=has_no_gradient), "no gradient reaches ['own.log_scale']"),
+    "a parameter without use": (
+        "gradients", replace(LEVEL, nets=lambda sizes, prior: Level(idle=True)), "no gradient reaches ['own.idle']",
+    ),
+    "a number outside of the state": (
+        "save and load", replace(LEVEL, nets=lambda sizes, prior: Forgetful(), guide=forgetful_guide),
+        "is all that was learnt in nets",
+    ),
+    "a truth of no site": ("simulate", replace(LEVEL, simulate=wrong_truth), 'truth "levels" is not in dims'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_caught_by_its_law(fault):
+    law, template, words = PLANTED[fault]
+    found = check(template)
+    assert found.attrs["ok"] == 0
+    assert not bool(found.ok.sel(law=law))
+    assert words in str(found.detail.sel(law=law).values)
+
+
+def test_a_template_that_cannot_be_bound_is_told_once():
+    found = check(replace(LEVEL, model=lambda batch, prior, nets: batch.z))
+    assert 'the batch has no field "z"' in str(found.detail.sel(law="sites").values)
+    assert (found.detail[1:] == "not tried: the template cannot be bound").all()
+
+
+def test_data_that_do_not_fit_are_the_callers_fault():
+    with pytest.raises(DataError, match='"sd"'):
+        check(SCHOOLS, like=TABLE.drop_vars("sd"))
+
+
+def test_what_does_not_apply_says_so_and_data_may_be_short():
+    before = TABLE.copy(deep=True)
+    found = check(replace(SCHOOLS, guide=JointNormal()), like=TABLE)
+    assert found.attrs["ok"] == 1
+    assert "not applicable: the joint normal guide" in str(found.detail.sel(law="minibatch").values)
+    assert TABLE.identical(before)
+
+
+@pytest.mark.slow
+def test_recovery_tells_honest_intervals_from_shifted_ones():
+    honest = check(replace(LEVEL, guide=None, nets=None), recovery=10)
+    assert bool(honest.ok.sel(law="recovery")), str(honest.detail.sel(law="recovery").values)
+    shifted = check(replace(LEVEL, simulate=simulates_another_level), recovery=10)
+    assert not bool(shifted.ok.sel(law="recovery"))
+    assert "level[0] covered 0 of 10 times at 90%" in str(shifted.detail.sel(law="recovery").values)
+
+
+def simulates_another_level(sizes, prior, generator):
+    rng = np.random.default_rng(generator.initial_seed())
+    level = rng.normal(0.0, 5.0)
+    table = xr.Dataset({"y": ("row", rng.normal(level + 2.0, 1.0, sizes["row"]))})
+    return table, xr.Dataset({"level": ((), level)})
