@@ -24,7 +24,7 @@ myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 # "cache" runs the pages with code when they have changed; a page whose code fails then does not build.
-nb_execution_mode = "off"
+nb_execution_mode = "cache"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 

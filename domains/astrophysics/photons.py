@@ -1,4 +1,6 @@
-"""Photon counts of a catalogue of sources: brightness of each source, and of their population, in one or more bands.
+"""Photon counts of a catalogue of sources, in one or more bands.
+
+It gives the brightness of each source, and of their population.
 
 For source i and band k, with log brightness u (natural log of a flux in the unit that ``exposure`` is per)
 and log background v (natural log of the expected background counts in the source aperture):
@@ -34,7 +36,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import pyro
@@ -125,6 +127,11 @@ class Population:
         """Scatter of the log brightness by band."""
         return self.tril.square().sum(-1).sqrt()
 
+    @property
+    def background(self) -> tuple[Tensor, Tensor]:
+        """Mean and scatter of the log background, which "hierarchical" learns; the others have none."""
+        return cast(tuple[Tensor, Tensor], (self.background_mu, self.background_sigma))
+
 
 def population(values: Mapping[str, Tensor]) -> Population:
     """The population in terms of bands, from the sites in terms of reference brightness and colours."""
@@ -178,9 +185,7 @@ def model(batch: Batch, prior: Prior, nets: nn.Module | None, *, background: Bac
             batch.observe("n_on", counts.to_event(1))
             return
         if background == "hierarchical":
-            v = pyro.sample(
-                "log_background", dist.Normal(pop.background_mu, pop.background_sigma).to_event(1)
-            )
+            v = pyro.sample("log_background", dist.Normal(*pop.background).to_event(1))
             level = v.exp()
         else:
             level = batch.background
@@ -300,8 +305,8 @@ def _base(batch: Batch, pop: Population, c: Counts, background: Background) -> t
     precision = torch.cholesky_inverse(pop.tril) if n_bands > 1 else pop.tril.square().reciprocal()
     ones = torch.ones_like(pop.mu)
     if background == "hierarchical":
-        v_prior = (pop.background_mu, pop.background_sigma.pow(-2), 0.0)
-        floor = pop.background_mu
+        floor, sigma = pop.background
+        v_prior = (floor, sigma.pow(-2), 0.0)
     elif background == "known":
         v_prior = (batch.background.log(), 1e8 * ones, 0.0)
         floor = batch.background.log()
@@ -324,7 +329,10 @@ def _base(batch: Batch, pop: Population, c: Counts, background: Background) -> t
 def _features(
     u: Tensor, v: Tensor, u_sd: Tensor, v_sd: Tensor, slope: Tensor, pop: Population, c: Counts
 ) -> Tensor:
-    """Features of a source (*, 12 band), each clamped: beyond the range of training the correction stays what it was."""
+    """Features of a source (*, 12 band), each clamped.
+
+    Beyond the range of training the correction stays what it was.
+    """
     source, level = c.gain * u.exp(), v.exp()
     if pop.background_mu is not None and pop.background_sigma is not None:
         v_place = (v - pop.background_mu) / pop.background_sigma
@@ -430,7 +438,9 @@ def _random_tril(k: int, concentration: float, generator: torch.Generator) -> np
 
 
 def overlapping(values: Mapping[str, np.ndarray], coords: Mapping[str, np.ndarray]) -> list[str]:
-    """Faults of a choice of bands: two that overlap hold the same photons, and cannot be fitted as independent data.
+    """Faults of a choice of bands.
+
+    Two that overlap hold the same photons, and cannot be fitted as independent data.
 
     Args:
         values: fields without rows.

@@ -16,6 +16,8 @@ SD_RATIO = 1.25  # our choice: an sd wrong by a quarter turns a 90 % interval in
 # sqrt(F (1 - F)), from the Brownian bridge limit of the difference of two empirical distribution functions.
 W1_FLOOR = 1.2884
 
+ROUNDING = 1e-5  # of float32 draws, with room
+
 
 def compare(
     svi: xr.DataTree, nuts: xr.DataTree, *, shift: float = SHIFT_SD, sd_ratio: float = SD_RATIO
@@ -47,7 +49,10 @@ def compare(
         Unequal numbers of draws are no obstacle here; `arviz_plots.plot_forest` drops such models without a
         word.
     """
-    records = {name: _reduced(name, entries) for name, entries in entrywise_differences(svi, nuts).items()}
+    found = entrywise_differences(svi, nuts)
+    records = {
+        name: _reduced(name, entries) for name, entries in found.items() if not _constant(entries).all()
+    }
     row = groups.row_dim(svi)
     full = _rows(svi, row) == _rows(nuts, row)
     names = list(records)
@@ -91,9 +96,11 @@ def _differences(left: xr.DataArray, right: xr.DataArray, markov: bool) -> xr.Da
     y = right.values.astype(float).reshape(*_sample(right), -1)
     out = {key: np.full(x.shape[2], np.nan) for key in ("shift_mcse", "sd_ratio_mcse", "w1", "w1_floor")}
     mean_x, mean_y, sd_x, sd_y = x.mean((0, 1)), y.mean((0, 1)), x.std((0, 1)), y.std((0, 1))
+    fixed = np.maximum(sd_x, sd_y) <= ROUNDING * (1 + np.abs(mean_y))  # no sd to compare in
     with np.errstate(all="ignore"):
-        out |= {"shift": (mean_x - mean_y) / sd_y, "sd_ratio": sd_x / sd_y}
-    for i in np.flatnonzero((sd_y > 0) & (sd_x > 0)):
+        shift, ratio = (mean_x - mean_y) / sd_y, sd_x / sd_y
+        out |= {"shift": np.where(fixed, np.nan, shift), "sd_ratio": np.where(fixed, np.nan, ratio)}
+    for i in np.flatnonzero((sd_y > 0) & (sd_x > 0) & ~fixed):
         ess_y = float(np.asarray(array_stats.ess(y[..., i], method="mean")))
         ess_x = (
             float(np.asarray(array_stats.ess(x[..., i], method="mean"))) if markov else float(x[..., i].size)
@@ -110,6 +117,12 @@ def _differences(left: xr.DataArray, right: xr.DataArray, markov: bool) -> xr.Da
     shape = [left.sizes[d] for d in rest]
     coords = {d: left.coords[d] for d in rest if d in left.coords}
     return xr.Dataset({k: (rest, v.reshape(shape)) for k, v in out.items()}, coords=coords)
+
+
+def _constant(entries: xr.Dataset) -> np.ndarray:
+    """Entries that both posteriors hold fixed, up to rounding, such as the diagonal of a correlation matrix."""
+    widest = np.maximum(entries["sd_svi"].values, entries["sd_nuts"].values)
+    return widest <= ROUNDING * (1 + np.abs(entries["mean_nuts"].values))
 
 
 def _sample(array: xr.DataArray) -> tuple[int, int]:

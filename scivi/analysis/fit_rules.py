@@ -156,13 +156,17 @@ def _weighed(table: xr.Dataset) -> list[Check]:
     numbers = f"k-hat {k:.2f}, effective size {ess:.0f} of {draws}"
     if k > weights.USABLE_K:
         text = f"The population's approximation is not close to its marginal posterior ({numbers})."
-        advice = "Run scivi.nuts for the population, or reparametrise it so that its posterior is nearer to normal."
+        advice = (
+            "Run scivi.nuts for the population, or reparametrise it so that its posterior is nearer to "
+            "normal."
+        )
         return [Check("population k-hat", k, weights.USABLE_K, False, "decides", text, advice)]
     shift = np.abs(table["shift_sd"].values)
     at = int(np.argmax(shift))
     name, value = str(table["variable"].values[at]), float(shift[at])
-    text = f"Weighing the population by its marginal posterior moves no mean by more than {value:.2f} sd ({name}; {numbers})."
-    bad = f"Weighing the population by its marginal posterior moves the mean of {name} by {value:.2f} sd ({numbers})."
+    weighing = "Weighing the population by its marginal posterior moves"
+    text = f"{weighing} no mean by more than {value:.2f} sd ({name}; {numbers})."
+    bad = f"{weighing} the mean of {name} by {value:.2f} sd ({numbers})."
     advice = "Take the corrected means of analysis.population_reliability, or run scivi.nuts."
     return [
         either("population", value, weights.SHIFT_SD, value <= weights.SHIFT_SD, "care", text, bad, advice)
@@ -174,8 +178,8 @@ def _sampled(finish: Mapping[str, Any]) -> list[Check]:
     smoothed, k_hat = pareto.smooth(np.asarray(finish["log_weight"], dtype=float)[None])
     k, ess = float(k_hat[0]), float(pareto.effective_size(smoothed)[0])
     text = (
-        f"Mean and spread of the population come from {finish['draws']} weighted draws of its marginal posterior "
-        f"(k-hat {k:.2f}, effective size {ess:.0f}: right to {ess**-0.5:.2f} sd)."
+        f"Mean and spread of the population come from {finish['draws']} weighted draws of its marginal "
+        f"posterior (k-hat {k:.2f}, effective size {ess:.0f}: right to {ess**-0.5:.2f} sd)."
     )
     advice = "Run scivi.nuts for the population, or fit for longer."
     # our choice of size: a hundred effective draws give a mean to a tenth of its sd
@@ -190,7 +194,10 @@ MANY_ROWS = 5000
 def _newton(finish: Mapping[str, Any], rows: xr.Dataset | None) -> list[Check]:
     """A population that was finished by Newton, where weights of the globals were not affordable."""
     n = rows["ok"].size if rows is not None else 0
-    text = f"The population was finished by Newton on its marginal over {n:,} rows (last step {finish['step_sd']:.2g} sd)"
+    text = (
+        f"The population was finished by Newton on its marginal over {n:,} rows "
+        f"(last step {finish['step_sd']:.2g} sd)"
+    )
     good, bad = f"{text}.", f"{text}; whether its posterior is normal was not checked."
     advice = "Compare with scivi.nuts on a subset, or draw with 50 draws or more from the data of the fit."
     return [either("population", finish["step_sd"], 0.1, n >= MANY_ROWS, "care", good, bad, advice)]

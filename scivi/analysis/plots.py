@@ -135,7 +135,7 @@ def plot_row_k(tree: xr.DataTree, *, threshold: float = USABLE_K, rows: xr.Datas
 
 
 def _varies(draws: np.ndarray) -> bool:
-    """Whether an entry is more than a constant up to rounding, such as the diagonal of a correlation matrix."""
+    """Whether an entry is more than a constant up to rounding, as the diagonal of a correlation matrix is."""
     return bool(np.std(draws) > 1e-5 * (1 + np.abs(draws).max()))
 
 

@@ -135,7 +135,7 @@ def population_reliability(
             '"sample_stats" has no "global_log_weight": the rows were not integrated at each draw.'
         )
     every = stats["global_log_weight"].astype(float).transpose(*groups.SAMPLE).values
-    some = np.isfinite(every).all(0)
+    some = np.asarray(np.isfinite(every).all(0))
     found = _judged(tree, every[:, some], groups.population_names(tree), threshold, shift, some)
     return found.assign(draws=int(some.sum()))
 

@@ -20,7 +20,7 @@ from scivi.errors import Unsupported
 from scivi.inference.scores import Placed, by_particle, by_row, log_prob, particle_plate
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
-from scivi.models.sites import plates_of, sample_sites
+from scivi.models.sites import plates_of, sample_sites, value_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def complete(
     with EnumMessenger(first_available_dim=first):
         summed = summed_out(poutine.trace(enumerated).get_trace())
     drawn = poutine.trace(infer_discrete(enumerated, first_available_dim=first)).get_trace()
-    values = {n: s["value"] for n, s in sample_sites(guide)} | {n: drawn.nodes[n]["value"] for n in names}
+    values = {n: s["value"] for n, s in sample_sites(guide)} | {n: value_of(drawn, n) for n in names}
     with particle_plate(draws, bound.nesting), Placed(values, lambda name, _: values[name]):
         model = poutine.trace(bound.model).get_trace(batch)
 

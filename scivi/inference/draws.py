@@ -1,4 +1,7 @@
-"""``draw`` and ``predict``: a fit and data become a labelled posterior; ``simulate``: a template becomes data."""
+"""``draw`` and ``predict``: a fit and data become a labelled posterior.
+
+``simulate``: a template becomes data.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from scivi.inference.state import Fit
 from scivi.inference.trees import Named, arranged, dataset, plain_labels, save_tree, tree, units_of
 from scivi.inputs.batches import Batch, chunks
 from scivi.models.binding import Bound, seeded, stream_seed
-from scivi.models.sites import plates_of, row_dim_of, sample_sites
+from scivi.models.sites import plates_of, row_dim_of, sample_sites, value_of
 from scivi.models.template import Template
 
 AT_ONCE = 2**20  # draws x rows held at once (our choice: a few hundred MB with a dozen sites)
@@ -73,18 +76,17 @@ def draw(
     Returns:
         Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats and history. In
         sample_stats: ``lp`` and ``log_q`` (chain, draw), log densities of model and guide over all rows;
-            ``row_log_weight`` (chain,
-        draw, row), the log importance weight of a row's latents given the globals; ``outside`` and ``poor``
-        (row); ``global_log_weight`` (chain, draw), that of the globals with all rows integrated, where
-        affordable.
+        ``row_log_weight`` (chain, draw, row), the log importance weight of a row's latents given the globals;
+        ``outside`` and ``poor`` (row); ``global_log_weight`` (chain, draw), that of the globals with all rows
+        integrated, where affordable.
 
     Raises:
         DataError: the data do not fit the template.
         Unsupported: the guide is not amortised and these are not the rows of the fit.
 
     Notes:
-        A guide draws one value of the globals for each draw and every row follows it. Time grows with rows x
-        draws.
+        A guide draws one value of the globals for each draw and every row follows it. Time grows with
+        rows x draws.
     """
     fits = [fit] if isinstance(fit, Fit) else list(fit)
     if not fits:
@@ -124,8 +126,8 @@ def predict(
 def _check_rows(fit: Fit, source: Any) -> None:
     if not fit.bound.amortised and source.fingerprint != fit.provenance["data"]["fingerprint"]:
         raise Unsupported(
-            f'the guide of "{fit.template.name}" holds one factor for each row of the fit and knows nothing of others; '
-            f"draw from the data of the fit, or give the template an amortised guide."
+            f'the guide of "{fit.template.name}" holds one factor for each row of the fit and knows nothing '
+            f"of others; draw from the data of the fit, or give the template an amortised guide."
         )
 
 
@@ -198,8 +200,9 @@ def _collect(
     if refined is not None:
         guide, model = _replaced(bound, batch, guide, refined, draws)
         by_guide = _row_weight(bound, guide, model, batch, draws)
-        weight = by_guide.index_copy(1, refined.rows, refined.log_weight)
-        lost = (by_guide - weight).sum(1)
+        if by_guide is not None:
+            weight = by_guide.index_copy(1, refined.rows, refined.log_weight)
+            lost = (by_guide - weight).sum(1)
     _gather_sites(out, fit.template, model, batch, draws, first)
     _gather_densities(out, bound, guide, model, batch, first)
     out.log_guide = out.log_guide + lost
@@ -220,14 +223,14 @@ def _collect(
         if refined is not None:
             gap[refined.rows.cpu().numpy()] = refined.gap.cpu().numpy()
         found["amortisation_gap"] = gap
-    for name, values in found.items():
-        out.rows.setdefault(name, []).append(values)
+    for name, of_rows in found.items():
+        out.rows.setdefault(name, []).append(of_rows)
 
 
 def _run_model(
     bound: Bound, batch: Batch, guide: poutine.Trace, draws: int
 ) -> tuple[poutine.Trace, poutine.Trace]:
-    """Guide and model on the guide's values; discrete latents that the guide leaves out are drawn given the data."""
+    """Guide and model on the guide's values; discrete latents that it leaves out are drawn given the data."""
     if left_out(bound, guide):
         return complete(bound, batch, guide, draws)
     with particle_plate(draws, bound.nesting):
@@ -245,11 +248,12 @@ def _gather_sites(
     for name, dims in template.dims.items():
         if not first and not set(dims) & set(template.row_dims):
             continue
-        value, shape = model.nodes[name]["value"], _shape(template, dims, batch)
+        value, shape = value_of(model, name), _shape(template, dims, batch)
         if value.numel() not in (int(np.prod(shape)), draws * int(np.prod(shape))):
             raise TemplateError(
-                f'site "{name}" has shape {tuple(value.shape)} over {draws} draws, which is not (draw, {", ".join(dims)}) '
-                f"= {(draws, *shape)}. Correct dims, or write the model so that it takes leading dims of draws."
+                f'site "{name}" has shape {tuple(value.shape)} over {draws} draws, which is not '
+                f"(draw, {', '.join(dims)}) = {(draws, *shape)}. Correct dims, or write the model so that it "
+                f"takes leading dims of draws."
             )
         out.posterior.setdefault(name, []).append(arranged(value, draws, shape))
         out.dims[name] = dims
@@ -287,7 +291,7 @@ def _gather_densities(
 def _row_weight(
     bound: Bound, guide: poutine.Trace, model: poutine.Trace, batch: Batch, draws: int
 ) -> Tensor | None:
-    """Log weight of each row's latents given the globals, (draws, rows); None if a row has none of its own."""
+    """Log weight of a row's latents given the globals, (draws, rows); None if a row has none of its own."""
     row = bound.template.row_dims[0]
     if not any(s.row_dim == row for s in bound.sites):
         return None
@@ -342,7 +346,10 @@ def _replaced(
 def _weigh_globals(
     out: Collected, bound: Bound, source: Any, draws: int, given: Mapping[str, Tensor]
 ) -> None:
-    """Log p(data | globals) + log prior - log q of the first draws, every row integrated; absent where not affordable."""
+    """Log p(data | globals) + log prior - log q of the first draws, every row integrated.
+
+    Absent where not affordable.
+    """
     module = marginal.global_module(bound)
     if module is None or module.name not in given or not bound.amortised:
         return
@@ -458,7 +465,7 @@ def _prior(
     named: dict[str, Any] = {}
     for name in names:
         shape = _shape(template, template.dims[name], bound.example)
-        named[name] = (template.dims[name], arranged(trace.nodes[name]["value"], draws, shape)[None])
+        named[name] = (template.dims[name], arranged(value_of(trace, name), draws, shape)[None])
     return dataset(named, coords, units, sampled=True)
 
 
@@ -487,13 +494,13 @@ def simulate(
     coords = {d: np.arange(n) for d, n in batch.sizes.items()}
     units = units_of(template)
     values = {n: batch.values[n] for n, f in template.fields.items() if f.role == "given"}
-    values |= {n: trace.nodes[n]["value"] for n in template.observed}
+    values |= {n: value_of(trace, n) for n in template.observed}
     table = {
         n: (template.fields[n].dims, v.numpy().reshape(_shape(template, template.fields[n].dims, batch)))
         for n, v in values.items()
     }
     truth = {
-        n: (d, trace.nodes[n]["value"].numpy().reshape(_shape(template, d, batch)))
+        n: (d, value_of(trace, n).numpy().reshape(_shape(template, d, batch)))
         for n, d in template.dims.items()
     }
     return dataset(table, coords, units, sampled=False), dataset(truth, coords, units, sampled=False)

@@ -35,6 +35,7 @@ EXAMPLE_ROWS = 64  # rows that a pair is bound to (our choice: enough for any sh
 START_ROWS = (
     2048  # rows of the Newton start (our choice: a fraction of a second, a few percent in the globals)
 )
+FEW_ROWS = 512  # rows up to which the population's posterior may be far from normal (our choice)
 FINISH_ROWS = (
     2**13
 )  # rows from which the finish takes curvature and fine nodes (our choice: 1 % in the globals' sd)
@@ -255,9 +256,7 @@ def _newton_start(state: State, source: Any, plan: Plan) -> None:
     rows = marginal.Rows(some, some, 1.0)
     try:
         found = marginal.newton_finish(bound, rows, plan.nodes, fine=False, max_steps=15, tolerance=0.3)
-    except (
-        torch.linalg.LinAlgError
-    ):  # a marginal that is not smooth at the prior's centre is trained from there
+    except torch.linalg.LinAlgError:  # a marginal not smooth at the prior's centre is trained from there
         return
     if found.step_sd < 0.3 and bool(
         torch.isfinite(found.loc).all() and torch.isfinite(found.covariance).all()
@@ -363,7 +362,7 @@ def fit(
 
 @contextmanager
 def _signals(state: State) -> Iterator[None]:
-    """While it lasts, the first signal to stop lets the fit finish its step; only the main thread can listen."""
+    """While it lasts, the first signal to stop lets the fit finish its step; only a main thread listens."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -386,8 +385,7 @@ def _finish(state: State, source: Any, plan: Plan) -> None:
     """Finish the globals on the full marginal, where estimator and guide allow it.
 
     Many rows make their posterior normal: Newton finds its mode and covariance. Of few rows it is skewed, and
-        an
-    evaluation is cheap: adaptive importance sampling finds its mean and covariance.
+    an evaluation is cheap: adaptive importance sampling finds its mean and covariance.
     """
     bound = state.bound
     with _sampling(state), torch.no_grad():

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -68,7 +68,10 @@ class Noise:
         return math.prod(self.shape)
 
     def cut(self, points: Tensor) -> Tensor:
-        """This site's coordinates of points (K, dims) as (K, *shape), or of points (K, rows, dims) with rows in place."""
+        """This site's coordinates of points (K, dims) as (K, *shape).
+
+        Of points (K, rows, dims), with rows in place.
+        """
         mine = points[..., self.start : self.start + self.size]
         if points.dim() == 2:
             return mine.reshape(len(points), *self.shape)
@@ -146,7 +149,10 @@ def nodes(
 
 
 def training_nodes(dims: int, per_dim: int) -> int:
-    """Nodes per dimension while training: fewer in more dimensions, since the finish takes them all (our choice)."""
+    """Nodes per dimension while training.
+
+    Fewer in more dimensions, since the finish takes them all (our choice).
+    """
     return min(per_dim, {2: 5, 3: 4}.get(dims, per_dim))
 
 
@@ -215,6 +221,8 @@ def run_guide(
 def run_model(
     bound: Bound, batch: Batch, values: Mapping[str, Tensor], *, frozen: bool = False
 ) -> poutine.Trace:
+    """Trace of the model with its latents at ``values``; ``frozen``: its parameters get no gradient."""
+
     def run() -> poutine.Trace:
         with Placed(values, lambda name, _: values[name]):
             return poutine.trace(bound.model).get_trace(batch)
@@ -242,6 +250,7 @@ def _globals(trace: poutine.Trace, bound: Bound, skip: str = "") -> dict[str, Te
 
 
 def latent_values(trace: poutine.Trace) -> dict[str, Tensor]:
+    """Values of a guide's latents, auxiliary ones left out."""
     return {n: s["value"] for n, s in sample_sites(trace) if not s["infer"].get("is_auxiliary")}
 
 
@@ -274,8 +283,9 @@ def objective(
         own = own + scale * (torch.softmax(weight.detach(), 0) * log_q).sum()
     prior, posterior = _globals(model, bound), _globals(guide, bound)
     data = {"marginal": marginal, **{k: v for k, v in prior.items() if k not in values}}
-    kl = {k: prior.get(k, 0.0) - posterior.get(k, 0.0) for k in {**posterior, **prior} if k not in data}
-    value = sum(data.values()) + beta * sum(kl.values())
+    latents = [k for k in {**posterior, **prior} if k not in data]
+    kl = {k: cast(Tensor, prior.get(k, 0.0) - posterior.get(k, 0.0)) for k in latents}
+    value = cast(Tensor, sum(data.values()) + beta * sum(kl.values()))
     return (
         -(value + own),
         value,
@@ -355,12 +365,13 @@ def log_marginal(
 
 
 def log_prior(bound: Bound, module: JointNormalGuide, theta: Tensor, batch: Batch) -> Tensor:
-    """Log prior density of the globals at ``theta`` (D,) on the unbounded scale, with observed sites of no row."""
+    """Log prior density of the globals at unbounded ``theta`` (D,), with observed sites of no row."""
     population = _population(module, theta, batch)
     with torch.no_grad(), Placed([module.name], lambda _name, _fn: theta):
         local = latent_values(poutine.trace(bound.guide).get_trace(batch))
     model = run_model(bound, batch, {**local, **latent_values(population)})
-    return sum(_globals(model, bound).values()) - sum(_globals(population, bound, skip=module.name).values())
+    out = sum(_globals(model, bound).values()) - sum(_globals(population, bound, skip=module.name).values())
+    return cast(Tensor, out)
 
 
 def _population(module: JointNormalGuide, theta: Tensor, batch: Batch) -> poutine.Trace:
@@ -406,10 +417,8 @@ def newton_finish(
     """
     module, plan = global_module(bound), layout(bound, bound.example)
     if module is None or plan.refusal is not None:
-        raise Unsupported(
-            f"the Newton finish cannot be had: "
-            f"{plan.refusal or 'no full-rank joint normal holds all globals (scivi.models.guides.global_normal)'}."
-        )
+        absent = "no full-rank joint normal holds all globals (scivi.models.guides.global_normal)"
+        raise Unsupported(f"the Newton finish cannot be had: {plan.refusal or absent}.")
     coarse, n_fine = training_nodes(plan.dims, per_dim), 2 * per_dim + 1
 
     def derivatives(
@@ -466,7 +475,7 @@ Derivatives = tuple[Tensor, Tensor, Tensor]
 def differentiate(
     parts: Callable[[Tensor], Iterator[Tensor]], theta: Tensor, curved: bool, dtype: torch.dtype
 ) -> Derivatives:
-    """Value, gradient (D,) and, if ``curved``, Hessian (D, D) of a sum of terms at ``theta``, added up in float64."""
+    """Value, gradient (D,) and, if ``curved``, Hessian (D, D) of a sum at ``theta``, added up in float64."""
     at = theta.detach().to(dtype).requires_grad_(True)
     value, slope, bend = theta.new_zeros(()), torch.zeros_like(theta), theta.new_zeros(len(theta), len(theta))
     for part in parts(at):
@@ -484,7 +493,7 @@ def _rounding(value: Tensor, like: Tensor) -> float:
 
 
 def _positive(matrix: Tensor) -> Tensor:
-    """The matrix itself if positive definite, else with its eigenvalues turned positive (a direction that climbs)."""
+    """The matrix if positive definite, else with its eigenvalues made positive (a direction that climbs)."""
     values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
     floor = values.abs().max() * 1e-8
     return vectors @ torch.diag(values.abs().clamp_min(floor)) @ vectors.T

@@ -1,11 +1,14 @@
-"""``nuts``: the same model under the no-U-turn sampler, as a tree with the groups and dims of ``draw``."""
+"""``nuts``: the same model under the no-U-turn sampler, as a tree with the groups and dims of ``draw``.
+
+Longer than 400 lines because subsets of rows, starts from a fit and what Pyro's sampler does not tell stand here too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -151,7 +154,8 @@ def _pair(template: Template, source: Any, given: Fit | None, seed: int) -> tupl
     if learnt and given is None:
         raise TemplateError(
             f'the model of "{template.name}" contains learnt networks ({_few(learnt)}), which NUTS '
-            f"does not sample. Fit the template first and pass given=fit: they are then held fixed at those of the fit."
+            f"does not sample. Fit the template first and pass given=fit: they are then held fixed at those "
+            f"of the fit."
         )
     if given is not None:
         bound = replace(bound, nets=_doubled(given).nets)
@@ -315,7 +319,7 @@ def _chain(
     stats: dict[str, list[float]] = {name: [] for name in names}
     for k in range(warmup + draws):
         before, calls, accepted = (
-            float(kernel._fetch_from_cache()[1]),
+            float(cast(Tensor, kernel._fetch_from_cache()[1])),
             potential.calls,
             kernel._mean_accept_prob,
         )
@@ -369,11 +373,11 @@ def _model_at(bound: Bound, batch: Batch, values: Mapping[str, Tensor], n: int) 
         with particle_plate(n, bound.nesting), Placed(placed, lambda name, _: placed[name]):
             bound.model(batch)
 
-    if any(
-        s.discrete for s in bound.sites
-    ):  # a plate of draws outside of this handler would be hidden from it
-        model = infer_discrete(config_enumerate(model, "parallel"), first_available_dim=-2 - bound.nesting)
-    return poutine.trace(model).get_trace(batch)
+    run: Callable[..., Any] = model
+    if any(s.discrete for s in bound.sites):
+        # a plate of draws outside of this handler would be hidden from it
+        run = infer_discrete(config_enumerate(model, "parallel"), first_available_dim=-2 - bound.nesting)
+    return poutine.trace(run).get_trace(batch)
 
 
 def _groups(

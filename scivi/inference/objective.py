@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro import poutine
@@ -154,8 +154,9 @@ def _score_function(scores: Scores, bound: Bound, batch: Batch, particles: int) 
         return 0.0
     if particles < 2:
         raise PlanError(
-            f"the guide's sites {sorted(sites)} have no pathwise derivative and need the score-function gradient, whose "
-            f'control variate is made of other particles: use Plan(particles=2) or more, or estimator="enumerate".'
+            f"the guide's sites {sorted(sites)} have no pathwise derivative and need the score-function "
+            f"gradient, whose control variate is made of other particles: use Plan(particles=2) or more, or "
+            f'estimator="enumerate".'
         )
     total = sum([*scores.observed_parts().values(), *scores.latent_parts().values()]).detach()  # type: ignore[union-attr]
     out: Tensor | float = 0.0
@@ -185,7 +186,7 @@ def _closed_form(scores: Scores) -> dict[str, Tensor]:
         if model is None or model["is_observed"] or isinstance(guide["fn"], Delta):
             continue  # pyro's divergence of a Delta leaves out the density that it carries
         try:
-            divergence = torch.distributions.kl_divergence(guide["fn"], model["fn"])
+            divergence = torch.distributions.kl_divergence(cast(Any, guide["fn"]), cast(Any, model["fn"]))
         except NotImplementedError:  # torch has no closed form for this pair of families
             continue
         out[name] = by_particle(-divergence * model["scale"], scores.nesting)
@@ -211,7 +212,7 @@ def _sticking(
 
 
 def _importance_weighted(bound: Bound, batch: Batch, particles: int, n: int, beta: float | Tensor) -> Value:
-    """Per-row importance-weighted bound: globals drawn once, local latents ``particles`` times for each row."""
+    """Per-row importance-weighted bound: globals drawn once, each row's latents ``particles`` times."""
     local = local_guide_sites(bound, batch)
     if not local:
         raise Unsupported('estimator="iwae" weighs rows, and this guide has no latent per row; use "trace".')
@@ -248,8 +249,8 @@ def _enumerated(bound: Bound, batch: Batch, particles: int, n: int, beta: float 
     rough = sorted(name for name, site in sample_sites(pair.guide) if not site["fn"].has_rsample)
     if rough:
         raise Unsupported(
-            f'estimator="enumerate": the guide draws {rough} without a pathwise derivative. Leave them out of the guide, '
-            f'or use "trace".'
+            f'estimator="enumerate": the guide draws {rough} without a pathwise derivative. Leave them out '
+            f'of the guide, or use "trace".'
         )
     summed, observed, latent = summed_out(pair.model), {}, {}
     guide = {name: by_particle(log_prob(site), bound.nesting) for name, site in sample_sites(pair.guide)}

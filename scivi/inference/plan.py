@@ -142,9 +142,8 @@ class Plan:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(table) - known)
         if unknown:
-            raise PlanError(
-                f"a plan has no {', '.join(repr(name) for name in unknown)}. It has: {', '.join(sorted(known))}."
-            )
+            names = ", ".join(repr(name) for name in unknown)
+            raise PlanError(f"a plan has no {names}. It has: {', '.join(sorted(known))}.")
         return cls(**table)
 
     @classmethod

@@ -20,7 +20,8 @@ from scivi.errors import Unsupported
 from scivi.inference import marginal
 from scivi.models.binding import Bound
 
-FREEDOM = 6.0  # degrees of freedom of the proposals: tails heavier than the target's keep weights bounded (our choice)
+# Degrees of freedom of the proposals: tails heavier than the target's keep weights bounded (our choice).
+FREEDOM = 6.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Recorder(Protocol):
-    """Takes one entry of the history at a time; wrap TensorBoard, MLflow or any other tracker in these two methods."""
+    """Takes one entry of the history at a time.
+
+    Wrap TensorBoard, MLflow or any other tracker in these two methods.
+    """
 
     def write(self, entry: Mapping[str, float]) -> None:
         """Take an entry: names to numbers, "step" among them."""

@@ -1,9 +1,9 @@
-"""Rows that the encoder serves badly get a posterior of their own: an affine map of their noise, optimised row by row.
+"""Rows that the encoder serves badly get a posterior of their own.
 
-The guide turns standard normal noise e into z = T(e; x_i, theta). A refined row draws e from N(shift_i,
-spread_i**2) instead. By how much that raises the row's ELBO is its amortisation gap (Cremer, Li and Duvenaud
-2018, arXiv:1801.03558),
-measured from below: a richer family could gain more.
+It is an affine map of their noise, optimised row by row. The guide turns standard normal noise e into
+z = T(e; x_i, theta). A refined row draws e from N(shift_i, spread_i**2) instead. By how much that raises the
+row's ELBO is its amortisation gap (Cremer, Li and Duvenaud 2018, arXiv:1801.03558), measured from below: a
+richer family could gain more.
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ def refine_rows(
     like = next(iter(batch.values.values()))
     points = _normal_points(plan.dims, like)[:, None]
     shift = torch.zeros(len(rows), plan.dims, dtype=like.dtype, device=like.device)
-    log_spread = torch.zeros_like(shift)
+    log_spread, first = torch.zeros_like(shift), shift.new_zeros(len(rows))
     with torch.enable_grad():
         shift, log_spread = shift.requires_grad_(True), log_spread.requires_grad_(True)
         optimiser = torch.optim.Adam([shift, log_spread], lr=LR)
-        first = None
         fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
-        for _ in range(STEPS):
+        for step in range(STEPS):
             weight, _ = _weights(bound, some, plan, typical, points, shift, log_spread)
             bound_of_row = weight.mean(0)
-            first = bound_of_row.detach() if first is None else first
+            first = bound_of_row.detach() if step == 0 else first
             optimiser.zero_grad()
             (-bound_of_row.sum()).backward()
-            optimiser.step(), fall.step()
+            optimiser.step()
+            fall.step()
     with torch.no_grad():
         last = _weights(bound, some, plan, typical, points, shift, log_spread)[0].mean(0)
         noise = torch.randn(draws, len(rows), plan.dims, dtype=like.dtype, device=like.device)
@@ -100,7 +100,10 @@ def _weights(
     shift: Tensor,
     log_spread: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log weight (points, rows) of local draws at noise shift + spread * points (points, rows or 1, dims); the draws."""
+    """Log weight (points, rows) of local draws, and the draws.
+
+    They are at noise shift + spread * points (points, rows or 1, dims).
+    """
     row, n = bound.template.row_dims[0], len(points)
     noise = shift + log_spread.exp() * points
     with particle_plate(n, bound.nesting):

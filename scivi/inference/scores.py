@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -93,8 +93,8 @@ def run_pair(
     ]
     if missing and not batch.predicting:
         raise TemplateError(
-            f'template "{bound.template.name}": the guide has no factor for {missing}. Every latent of the model '
-            f'needs one; discrete ones may be left out with Plan(estimator="enumerate").'
+            f'template "{bound.template.name}": the guide has no factor for {missing}. Every latent of '
+            f'the model needs one; discrete ones may be left out with Plan(estimator="enumerate").'
         )
     return Pair(guide, model)
 
@@ -152,11 +152,12 @@ class Scores:
     def latent_parts(self) -> dict[str, Tensor]:
         """Log p - log q by latent, each (particles,)."""
         names = [n for n in {**self.guide, **self.model} if n not in self.observed]
-        return {n: self._sum(self.model, n) - self._sum(self.guide, n) for n in names}
+        parts = {n: self._sum(self.model, n) - self._sum(self.guide, n) for n in names}
+        return cast(dict[str, Tensor], parts)  # each is in one of the two at least
 
     def observed_parts(self) -> dict[str, Tensor]:
         """Log likelihood by observed site, each (particles,)."""
-        return {n: self._sum(self.model, n) for n in self.model if n in self.observed}
+        return {n: by_particle(self.model[n], self.nesting) for n in self.model if n in self.observed}
 
     def _sum(self, side: dict[str, Tensor], name: str) -> Tensor | float:
         return by_particle(side[name], self.nesting) if name in side else 0.0

@@ -144,8 +144,10 @@ class Fit:
         return self.bound.example.sizes
 
     def __repr__(self) -> str:
-        ended, objective = self.provenance["fit"], self.history.get("objective", ())
-        value = f", objective {float(objective[-1]):.6g} nats per row" if len(objective) else ""
+        ended, objective = self.provenance["fit"], self.history.get("objective")
+        value = ""
+        if objective is not None and len(objective):
+            value = f", objective {float(objective[-1]):.6g} nats per row"
         steps = f"{ended['steps']} steps, stopped by {ended['stopped']}"
         return f'Fit of "{self.template.name}" to {dict(self.sizes)}: {steps}{value}'
 
@@ -228,7 +230,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def reference_of(template: Template) -> str | None:
-    """``module:name`` under which an equal template (but for its prior) can be imported; None if there is none."""
+    """``module:name`` under which an equal template (but for its prior) can be imported; None if none."""
     for name, module in sorted(sys.modules.items()):
         if name == "__main__" or not getattr(module, "__file__", None):
             continue
@@ -328,8 +330,8 @@ def load(directory: str | Path, template: Template | None = None) -> Fit:
     if template is None:
         if meta["reference"] is None:
             raise CheckpointError(
-                f'the template "{meta["template"]}" was not importable when "{directory}" was saved; pass it: '
-                f"load(directory, template)."
+                f'the template "{meta["template"]}" was not importable when "{directory}" was saved; pass '
+                f"it: load(directory, template)."
             )
         template = import_template(meta["reference"])
     template = replace(template, prior=type(template.prior)(**_tuples(meta["prior"])))

@@ -65,7 +65,10 @@ def is_finite(window: Mapping[str, Tensor]) -> bool:
 
 
 def signal_to_noise(optimiser: torch.optim.Optimizer) -> float:
-    """Norm of Adam's averaged gradient over the root of its averaged square; 1 for no noise, 0 for noise alone."""
+    """Norm of Adam's averaged gradient over the root of its averaged square.
+
+    1 for no noise, 0 for noise alone.
+    """
     first, second = 0.0, 0.0
     for group in optimiser.param_groups:
         beta1, beta2 = group.get("betas", (0.0, 0.0))
@@ -108,8 +111,8 @@ def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitE
         )
         where = f" in rows {list(rows[:5])}{' ...' if len(rows) > 5 else ''}" if rows else ""
         return FitError(
-            f"the fit diverged at step {step}: {what}{where}. Lower the learning rate (now {plan.lr:g}), look at those "
-            f"rows, or give the site a prior that keeps it in range.",
+            f"the fit diverged at step {step}: {what}{where}. Lower the learning rate (now {plan.lr:g}), "
+            f"look at those rows, or give the site a prior that keeps it in range.",
             step=step,
             site=site,
             rows=rows,

@@ -20,7 +20,10 @@ SAMPLED = ("chain", "draw")
 
 
 def arranged(value: Tensor, n_draws: int, shape: Sequence[int]) -> np.ndarray:
-    """A site's values over ``n_draws`` particles as (draw, *shape), unit plates dropped; constants are repeated."""
+    """A site's values over ``n_draws`` particles as (draw, *shape).
+
+    Unit plates are dropped; constants are repeated.
+    """
     array = value.detach().cpu().numpy()
     size = int(np.prod(shape, dtype=int))
     if array.size == n_draws * size:

@@ -62,7 +62,9 @@ class Batch:
             raise AttributeError(f'the batch has no field "{name}"; it has {sorted(self.values)}') from None
 
     def plate(self, name: str, dim: int | None = None) -> pyro.plate:
-        """A pyro plate over a dim of the data; over a row dim it subsamples and scales by N / rows in the batch.
+        """A pyro plate over a dim of the data.
+
+        Over a row dim it subsamples and scales by N / rows in the batch.
 
         Args:
             name: the dim.
@@ -138,8 +140,8 @@ def make_batch(
                     torch.where(missing, torch.full_like(tensor, f.feasible), tensor),
                 )
         values[name] = tensor
-    index = {k: torch.as_tensor(v, device=device) for k, v in index.items()}
-    return Batch(values, masks, dict(sizes), rows, index)
+    places = {k: torch.as_tensor(v, device=device) for k, v in index.items()}
+    return Batch(values, masks, dict(sizes), rows, places)
 
 
 def take(batch: Batch, index: Mapping[str, Tensor], fields: Mapping[str, Field]) -> Batch:
@@ -180,7 +182,8 @@ class Order:
 
     def __init__(self, n: int, seed: int, block: int, blocks: int) -> None:
         self.n, self.seed, self.block, self.blocks = n, seed, block, blocks
-        self.n_groups = -(-(-(-n // block)) // blocks)
+        n_blocks = -(-n // block)
+        self.n_groups = -(-n_blocks // blocks)
         self._cache: tuple[int, int, np.ndarray] | None = None
 
     def group(self, epoch: int, group: int) -> np.ndarray:
@@ -246,8 +249,9 @@ class Feed:
         self.source, self.fields, self.rows, self.device, self.dtype = source, fields, rows, device, dtype
         self.sizes = dict(source.sizes)
         if rows_per_batch is None and max(self.sizes[r] for r in rows) > _FULL_LIMIT:
+            most = max(self.sizes[r] for r in rows)
             raise PlanError(
-                f"rows_per_batch=None would take all of {max(self.sizes[r] for r in rows)} rows at every step; "
+                f"rows_per_batch=None would take all of {most} rows at every step; "
                 f"give a number (512 is usual)."
             )
         self.rows_per_batch = rows_per_batch
@@ -358,7 +362,7 @@ def chunks(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[Batch]:
-    """All rows once, in order, ``size`` at a time along the first row dim; a single chunk carries no index."""
+    """All rows once, in order, ``size`` at a time along the first row dim; a lone chunk carries no index."""
     n, first = source.sizes[rows[0]], rows[0]
     for start in range(0, n, size):
         index = {} if size >= n else {first: np.arange(start, min(n, start + size))}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scivi.errors import TemplateError, listed
 from scivi.inputs.batches import Batch
 from scivi.models.guides import Family, MeanField
-from scivi.models.sites import Site, latent_sites, nesting_of
+from scivi.models.sites import Site, latent_sites, nesting_of, value_of
 from scivi.models.template import Template
 
 _PRIOR_RUNS = 15  # prior draws whose median starts a ready-made guide, as in Pyro's init_to_median
@@ -147,7 +147,7 @@ def _guide_module(
 ) -> nn.Module | None:
     family = MeanField() if template.guide is None else template.guide
     if isinstance(family, Family):
-        starts = {s.name: [run.nodes[s.name]["value"].detach() for run in runs] for s in sites}
+        starts = {s.name: [value_of(run, s.name).detach() for run in runs] for s in sites}
         return family.build(sites, starts, nesting)
     if not callable(family):
         raise TemplateError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -18,8 +20,8 @@ class PoissonOverBackground(TorchDistribution):
         n ~ Poisson(rate + b),  b ~ Gamma(shape, inverse_scale)
         p(n) = sum_k NegBin(k; shape, inverse_scale) Poisson(n - k; rate),  k = 0 .. n
 
-    With a flat prior on b >= 0 and ``m`` counts in a background aperture 1/alpha times as large, shape = m +
-    1 and inverse_scale = 1/alpha (Primini and Kashyap 2014, ApJ 796, 24, section 2; Loredo 1992).
+    With a flat prior on b >= 0 and ``m`` counts in a background aperture 1/alpha times as large, shape =
+    m + 1 and inverse_scale = 1/alpha (Primini and Kashyap 2014, ApJ 796, 24, section 2; Loredo 1992).
 
     Args:
         rate: expected source counts, > 0.
@@ -29,12 +31,12 @@ class PoissonOverBackground(TorchDistribution):
             device).
     """
 
-    arg_constraints = {
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
         "rate": constraints.positive,
         "shape_": constraints.positive,
         "inverse_scale": constraints.positive,
     }
-    support = constraints.nonnegative_integer
+    support: ClassVar[constraints.Constraint] = constraints.nonnegative_integer
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import pyro
 import pyro.distributions as dist
@@ -44,7 +44,8 @@ def _refuse_discrete(sites: Sequence[Site], family: str) -> None:
     if discrete:
         raise TemplateError(
             f"the {family} guide has no factor for the discrete latents {discrete}. Sum them in the model, "
-            f'write a guide that leaves them out and fit with Plan(estimator="enumerate"), or give them a factor.'
+            f'write a guide that leaves them out and fit with Plan(estimator="enumerate"), or give them a '
+            f"factor."
         )
 
 
@@ -103,7 +104,7 @@ class MeanFieldNormal(nn.Module):
         for site in self.sites:
             loc, scale = self.loc[site.name], self.log_scale[site.name].exp()
             event_dim = self.event_dims[site.name]
-            if site.row_dim in batch.index:
+            if site.row_dim is not None and site.row_dim in batch.index:
                 axis = dict(site.plates)[site.row_dim] - event_dim
                 loc, scale = (x.index_select(axis, batch.index[site.row_dim]) for x in (loc, scale))
             base = dist.Normal(loc, scale).to_event(event_dim)
@@ -131,10 +132,8 @@ class JointNormal:
     """One normal over all latents together, on the unbounded scale.
 
     Use ``rank=None`` for a full covariance, a number for diagonal plus that many factors. Needs the full
-    batch if there
-    are latents per row: it does not scale with rows. For the globals of an amortised template,
-        ``global_normal`` makes
-    the same module for use in ``nets``.
+    batch if there are latents per row: it does not scale with rows. For the globals of an amortised template,
+    ``global_normal`` makes the same module for use in ``nets``.
 
     Args:
         rank: rank of the factor, None for a full covariance.
@@ -173,8 +172,9 @@ class _Slot:
 
 
 class JointNormalGuide(nn.Module):
-    """The module of ``JointNormal``: ``loc`` (D,) and either ``tril`` (D, D) or ``factor`` (D, rank) and ``log_diag``.
+    """The module of ``JointNormal``.
 
+    It has ``loc`` (D,) and either ``tril`` (D, D) or ``factor`` (D, rank) and ``log_diag``.
     Sites are slices of one auxiliary draw ``name``, carried to their supports.
     """
 
@@ -199,7 +199,7 @@ class JointNormalGuide(nn.Module):
 
     @property
     def scale_tril(self) -> Tensor:
-        """Cholesky factor of the covariance (full rank only); rows are scaled, so that Adam's steps are in sd."""
+        """Cholesky factor of the covariance (full rank only); rows are scaled: Adam's steps are in sd."""
         scale = self.log_diag.exp()
         return scale[:, None] * (
             self.factor.tril(-1) + torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
@@ -227,11 +227,11 @@ class JointNormalGuide(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sample the joint vector and every site; returns the values by site."""
-        rows = [s.row_dim for s in self.slots if s.row_dim in batch.index]
+        rows = [s.row_dim for s in self.slots if s.row_dim is not None and s.row_dim in batch.index]
         if rows:
             raise Unsupported(
-                f"the joint normal guide holds every row of {sorted(set(rows))} in one vector and needs the full batch: "
-                f"fit it with Plan(rows_per_batch=None), on the data that it was bound to."
+                f"the joint normal guide holds every row of {sorted(set(rows))} in one vector and needs the "
+                f"full batch: fit it with Plan(rows_per_batch=None), on the data that it was bound to."
             )
         joint = pyro.sample(self.name, self.distribution(), infer={"is_auxiliary": True})
         return {
@@ -240,7 +240,7 @@ class JointNormalGuide(nn.Module):
         }
 
     def _parts(self, joint: Tensor) -> list[Tensor]:
-        """The joint vector cut into sites, each (*lead, *plates, *event); lead are the dims left of the plates."""
+        """The joint vector cut into sites (*lead, *plates, *event); lead are the dims left of the plates."""
         lead = joint.shape[: max(0, joint.dim() - 1 - self.nesting)] if joint.dim() > 1 else ()
         parts, start = [], 0
         for slot in self.slots:
@@ -304,7 +304,7 @@ class SinhArcsinh(torch.distributions.Transform):
     domain = constraints.real
     codomain = constraints.real
     bijective = True
-    sign = 1
+    sign: ClassVar[int] = 1
 
     def __init__(self, skew: Tensor, tail: Tensor, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
@@ -416,7 +416,7 @@ def laplace(
 
 
 def solve_spd(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Solve matrix x = vector for symmetric positive definite matrices (*batch, d, d); closed form for d <= 2."""
+    """Solve matrix x = vector for symmetric positive definite (*batch, d, d); closed form for d <= 2."""
     if matrix.shape[-1] == 1:
         return vector / matrix[..., 0]
     if matrix.shape[-1] == 2:
@@ -441,7 +441,7 @@ def inverse_tril(precision: Tensor) -> Tensor:
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
-    """Cholesky factor; the diagonal alone where rounding has made a matrix indefinite, so that a guide never fails."""
+    """Cholesky factor; where rounding made a matrix indefinite its diagonal alone: a guide never fails."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     ridge = 10 * torch.finfo(matrix.dtype).eps
     tril, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed(ridge * diagonal))
@@ -464,7 +464,7 @@ class FlowSpec:
 
 
 def conditional_flow(features: int, context: int, spec: FlowSpec | None = None) -> nn.Module:
-    """A zuko flow over ``features`` numbers given ``context`` numbers; ``flow_distribution`` samples from it."""
+    """A zuko flow over ``features`` numbers given ``context``; ``flow_distribution`` samples from it."""
     import zuko
 
     spec = spec or FlowSpec()
@@ -482,7 +482,10 @@ def flow_distribution(flow: nn.Module, context: Tensor) -> dist.TorchDistributio
 
 
 def noise_shape(fn: Any) -> tuple[int, ...] | None:
-    """Event shape of the standard normal noise that one draw of ``fn`` is a smooth map of; None if it is no such map."""
+    """Event shape of the standard normal noise that one draw of ``fn`` is a smooth map of.
+
+    None if it is no such map.
+    """
     if isinstance(fn, torch.distributions.Normal | torch.distributions.MultivariateNormal):
         return tuple(fn.event_shape)
     if isinstance(fn, torch.distributions.Independent):
@@ -500,23 +503,27 @@ def noise_size(fn: Any) -> int | None:
 
 
 def put(fn: Any, noise: Tensor) -> Tensor:
-    """Value of ``fn`` at given standard normal noise, as ``rsample`` would compute it; arguments as ``push`` has them."""
+    """Value of ``fn`` at given standard normal noise, as ``rsample`` would compute it.
+
+    Arguments as ``push`` has them.
+    """
     if isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
         return put(fn.base_dist, noise)
     if isinstance(fn, torch.distributions.TransformedDistribution):
         value = put(fn.base_dist, noise)
         for transform in fn.transforms:
             value = transform(value)
-        return value
+        return cast(Tensor, value)
     if isinstance(fn, torch.distributions.MultivariateNormal):
         return fn.loc + (fn.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
     return fn.loc + fn.scale * noise
 
 
 def push(fn: Any, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Value of ``fn`` at given standard normal noise, as ``rsample`` would compute it, and its log density there.
+    """Value of ``fn`` at given standard normal noise, and its log density there.
 
-    No transform is inverted: the density comes from the noise and the slopes on the way.
+    The value is as ``rsample`` would compute it. No transform is inverted: the density comes from the noise
+    and the slopes on the way.
 
     Args:
         fn: a normal, possibly multivariate, possibly transformed (``noise_shape`` is not None).
@@ -529,7 +536,7 @@ def push(fn: Any, noise: Tensor) -> tuple[Tensor, Tensor]:
         return value, _sum_right(density, fn.reinterpreted_batch_ndims)
     if isinstance(fn, torch.distributions.TransformedDistribution):
         value, density = push(fn.base_dist, noise)
-        path = [value]
+        path: list[Any] = [value]
         for transform in fn.transforms:
             path.append(transform(path[-1]))
         event_dim, slopes = len(fn.event_shape), 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ def perceptron(
     """
     layers: list[nn.Module] = []
     widths = [inputs, *hidden]
-    for before, after in zip(widths[:-1], widths[1:], strict=True):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), *([nn.LayerNorm(after)] if norm else []), nn.SiLU()]
     head = nn.Linear(widths[-1], outputs)
     with torch.no_grad():

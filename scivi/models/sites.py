@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro import poutine
@@ -60,6 +60,11 @@ def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, Mapping[str, Any]]
             yield name, site
 
 
+def value_of(trace: poutine.Trace, name: str) -> Tensor:
+    """Value of a site of a trace that was run."""
+    return cast(Tensor, trace.nodes[name]["value"])
+
+
 def plates_of(site: Mapping[str, Any]) -> dict[str, int]:
     """Plate names and dims of a site of a trace."""
     return {frame.name: frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
@@ -109,7 +114,10 @@ def latent_sites(trace: poutine.Trace, sizes: Mapping[str, int], rows: tuple[str
 
 
 def central(values: list[Tensor], support: constraints.Constraint) -> Tensor:
-    """Median of prior draws, taken where the support is unbounded (where a median of each entry stays inside it)."""
+    """Median of prior draws, taken where the support is unbounded.
+
+    There a median of each entry stays inside it.
+    """
     bijector = torch.distributions.biject_to(support)
     stacked = torch.stack([bijector.inv(v) for v in values])
     return bijector(stacked.median(0).values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -32,8 +32,7 @@ class Template:
         rows: the dim, or dims, whose entries may be minibatched, each on its own.
         model: ``(batch, prior, nets) -> None``; pyro sample sites, the generative story.
         dims: every latent or deterministic site that is reported, with the names of its dims. A latent that
-            is not
-            listed is auxiliary: fitted, but not reported.
+            is not listed is auxiliary: fitted, but not reported.
         guide: ``(batch, prior, nets) -> None``, or one of the families in ``scivi.models.guides``; None is
             the mean-field normal over all latents.
         nets: ``(sizes, prior) -> nn.Module``, everything learnable, made afresh at each call; None if there
@@ -108,11 +107,8 @@ class Template:
             if site not in self.dims
         ]
         faults += [f"{name} must be a function" for name in ("model",) if not callable(self.model)]
-        if (
-            not is_dataclass(self.prior)
-            or isinstance(self.prior, type)
-            or not self.prior.__dataclass_params__.frozen
-        ):  # type: ignore[union-attr]
+        params = getattr(self.prior, "__dataclass_params__", None)
+        if isinstance(self.prior, type) or params is None or not params.frozen:
             faults.append("prior must be a value of a frozen dataclass")
         return faults
 

@@ -30,7 +30,7 @@ def table(**columns: list[float]) -> xr.Dataset:
 
 
 def interval(n_on: int, n_off: int, alpha: float) -> tuple[float, float, float]:
-    """Mode and 68 % highest-density interval of the source counts under the template's flat-background likelihood."""
+    """Mode and 68 % highest-density interval of the source counts under the flat-background likelihood."""
     top = n_on + 8 * np.sqrt(n_on + 1) + 10
     s = torch.linspace(0, 1, 40001, dtype=torch.float64)[1:] * top
     made = [torch.tensor(x, dtype=torch.float64) for x in (n_off + 1.0, 1 / alpha, float(n_on))]
@@ -42,7 +42,7 @@ def interval(n_on: int, n_off: int, alpha: float) -> tuple[float, float, float]:
     return float(s[p.argmax()]), low, float(s[inside.max()])
 
 
-@pytest.mark.skipif(not CHANDRA.exists(), reason="waits for the published Chandra intervals beside the checkout")
+@pytest.mark.skipif(not CHANDRA.exists(), reason="waits for the published Chandra intervals in ../shared")
 def test_aprates_intervals_of_the_template_match_the_published_ones():
     data = xr.open_dataset(CHANDRA, engine="h5netcdf").to_dataframe().reset_index()
     there = np.isfinite(data[["flux", "flux_lo", "flux_hi"]]).all(axis=1) & (data["flux"] > 0)
@@ -51,22 +51,22 @@ def test_aprates_intervals_of_the_template_match_the_published_ones():
         mode, low, high = interval(int(row.n_on), int(row.n_off), float(row.alpha))
         errors += [abs(row.flux_lo / row.flux - low / mode), abs(row.flux_hi / row.flux - high / mode)]
     assert len(errors) == 2 * 647
-    assert np.median(errors) <= 0.005  # the published ends are given to a grid of their own of about this step
+    assert np.median(errors) <= 0.005  # the published ends lie on a grid of about this step
     assert np.quantile(errors, 0.95) <= 0.02
 
 
 def test_the_population_of_a_thousand_sources_is_that_of_quadrature():
     rows = simulate_catalogue(3000, seed=11)
-    columns = {"n_on": rows.n_on, "n_off": rows.n_off, "alpha": rows.log_alpha.exp(), "exposure": rows.log_exposure.exp()}
+    columns = {"n_on": rows.n_on, "n_off": rows.n_off}
+    columns |= {"alpha": rows.log_alpha.exp(), "exposure": rows.log_exposure.exp()}
     data = xr.Dataset({k: (("source", "band"), v[:, None].numpy()) for k, v in columns.items()})
     fit = scivi.fit(photons.template, data, replace(QUICK, steps=150), progress=False)
     normal, prior = fit.nets.own.globals, photons.template.prior
-    exact = population(
-        rows, Prior(prior.brightness_sd, prior.scatter, prior.background_sd, prior.background_scatter).log_density
-    )
+    own = Prior(prior.brightness_sd, prior.scatter, prior.background_sd, prior.background_scatter)
+    exact = population(rows, own.log_density)
     error = (normal.loc.double() - exact.mean) / exact.sd
     spread = normal.scale_tril.double().square().sum(1).sqrt() / exact.sd
-    # acceptance of the template: a third of a posterior sd, a tenth of the width; skewness alone moves a mode .02 sd here
+    # a third of a posterior sd and a tenth of the width; skewness alone moves a mode .02 sd here
     assert error.abs().max() <= 0.3
     assert ((spread > 0.9) & (spread < 1.1)).all()
 
@@ -104,10 +104,11 @@ def test_missing_columns_and_an_empty_table_are_named():
 def test_overlapping_bands_are_refused_by_edges_and_by_name():
     one = xr.concat([table(), table()], "band")
     by_name = one.assign_coords(band=["soft", "broad"])
-    with pytest.raises(DataError, match='bands "soft" and "broad" overlap between 0.5 and 1.2 keV'):
+    with pytest.raises(DataError, match=r'bands "soft" and "broad" overlap between 0\.5 and 1\.2 keV'):
         scivi.fit(photons.template, by_name, QUICK, progress=False)
-    by_edge = one.assign_coords(band=["a", "b"]).assign(e_min=("band", [1.0, 2.5]), e_max=("band", [3.0, 5.0]))
-    with pytest.raises(DataError, match="between 2.5 and 3 keV"):
+    edges = {"e_min": ("band", [1.0, 2.5]), "e_max": ("band", [3.0, 5.0])}
+    by_edge = one.assign_coords(band=["a", "b"]).assign(edges)
+    with pytest.raises(DataError, match=r"between 2\.5 and 3 keV"):
         scivi.fit(photons.template, by_edge, QUICK, progress=False)
 
 

@@ -146,7 +146,7 @@ def quadrature_of_schools() -> tuple[float, float]:
 
 
 def test_eight_schools_has_the_dims_and_coords_of_the_table():
-    found = nuts(SCHOOLS, EIGHT, draws=200, warmup=150, chains=2, seed=0, progress=False)
+    found = nuts(SCHOOLS, EIGHT, draws=150, warmup=120, chains=2, seed=0, progress=False)
     posterior = found["posterior"].to_dataset()
     assert set(posterior) == {"mu", "tau", "theta"}  # z is auxiliary
     assert posterior.theta.dims == ("chain", "draw", "school")
@@ -171,7 +171,7 @@ def test_photons_run_on_a_subset_of_rows_that_keeps_its_labels(tmp_path):
     data = data.assign_coords(source=[f"J{i:03d}" for i in range(400)])
     path = tmp_path / "nuts.nc"
     found = nuts(
-        photons.template, data, rows=40, draws=30, warmup=40, chains=1, seed=0, progress=False, to=path
+        photons.template, data, rows=40, draws=20, warmup=30, chains=1, seed=0, progress=False, to=path
     )
     taken = [f"J{i:03d}" for i in np.linspace(0, 399, 40).round().astype(int)]
     assert found["posterior"].source.values.tolist() == taken
