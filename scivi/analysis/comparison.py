@@ -120,7 +120,7 @@ def _differences(left: xr.DataArray, right: xr.DataArray, markov: bool) -> xr.Da
 
 
 def _constant(entries: xr.Dataset) -> np.ndarray:
-    """Entries that both posteriors hold fixed, up to rounding, such as the diagonal of a correlation matrix."""
+    """Entries that both hold fixed, up to rounding, such as the diagonal of a correlation matrix."""
     widest = np.maximum(entries["sd_svi"].values, entries["sd_nuts"].values)
     return widest <= ROUNDING * (1 + np.abs(entries["mean_nuts"].values))
 
