@@ -1,4 +1,11 @@
+import os
+from pathlib import Path
+
 import scivi
+
+# Pages with code run in docs/: they find the package from there too, installed or not.
+ROOT = str(Path(__file__).resolve().parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
 project = "SciVI"
 author = "The SciVI developers"

@@ -34,7 +34,7 @@ from scivi.models.guides import JointNormalGuide, noise_shape, push, put
 from scivi.models.sites import plates_of, row_dim_of, sample_sites
 
 GRID_DIMS = 3  # above it a grid of nodes costs more than random ones (our choice: 7**3 = 343 nodes)
-RANDOM_NODES = 128
+RANDOM_NODES, TRAINING_NODES = 128, 64
 _FARTHEST = (
     2.0  # on the unbounded scale, where 1 is a factor of e for a positive global: a step's reach (our choice)
 )
@@ -271,7 +271,8 @@ def objective(
     """
     like = next(iter(batch.values.values()))
     seed = int(torch.randint(2**31, ())) if plan.dims > GRID_DIMS else 0
-    points, log_w = nodes(plan.dims, training_nodes(plan.dims, per_dim), like, seed=seed)
+    per_dim = training_nodes(plan.dims, per_dim)
+    points, log_w = nodes(plan.dims, per_dim, like, n_random=TRAINING_NODES, seed=seed)
     guide, density = run_guide(bound, batch, plan, points)
     values = latent_values(guide)
     model = run_model(bound, batch, values)

@@ -1,6 +1,6 @@
 """``nuts``: the same model under the no-U-turn sampler, as a tree with the groups and dims of ``draw``.
 
-Longer than 400 lines because subsets of rows, starts from a fit and what Pyro's sampler does not tell stand here too.
+Longer than 400 lines because subsets of rows, starts from a fit and the sampler's statistics stand here too.
 """
 
 from __future__ import annotations
