@@ -326,7 +326,7 @@ def info(
 
 def main() -> None:
     """Run the command line."""
-    # On a shared node a waiting thread must give its core up: spinning ones were measured to cost tens of times.
+    # On a shared node waiting threads must give their core up: spinning ones cost tens of times (measured).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
