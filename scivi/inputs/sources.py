@@ -213,6 +213,9 @@ def _checked(source: TableSource, rows: tuple[str, ...]) -> tuple[str, list[str]
 def _warn_of_repeated(source: TableSource, rows: tuple[str, ...]) -> None:
     for dim in rows:
         if source.sizes[dim] <= _MOST_LABELS:
-            repeated = source.sizes[dim] - len(np.unique(source.coords[dim]))
+            labels = np.asarray(source.coords[dim])
+            if labels.dtype.kind in "iu" and (labels[1:] > labels[:-1]).all():
+                continue  # rising numbers, the usual case, are told apart without sorting
+            repeated = source.sizes[dim] - len(np.unique(labels))
             if repeated:
                 warnings.warn(f'{repeated} labels of "{dim}" occur more than once in the data.', stacklevel=4)
