@@ -28,6 +28,8 @@ References:
     Primini and Kashyap 2014, ApJ 796, 24, doi:10.1088/0004-637X/796/1/24 (apertures and background).
     Loredo 2004, AIP Conf. Proc. 735, 195, arXiv:astro-ph/0409387 (populations from counts with selection).
     Lewandowski, Kurowicka and Joe 2009, J. Multivar. Anal. 100, 1989 (prior of the correlation).
+
+Longer than 400 lines because three treatments of the background share one model and one guide.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """``draw`` and ``predict``: a fit and data become a labelled posterior.
 
 ``simulate``: a template becomes data.
+
+Longer than 400 lines because drawing, weighing and gathering share one pass over the rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""``train``: a generator that fits step by step; ``fit``: the same, run to its end and frozen."""
+"""``train``: a generator that fits step by step; ``fit``: the same, run to its end and frozen.
+
+Longer than 400 lines because the start and the finish of the globals stand beside the steps between.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ nodes stand for the posterior (reweighted wake-sleep, Bornschein and Bengio 2015
 quadrature in place of samples): its gradient has no sampling noise, where the ELBO's hides differences of a
 hundredth of a nat. A Gaussian guide biases the scatter of a population under the ELBO; under the marginal it
 only has to put its nodes well.
+
+Longer than 400 lines because the objective and its Newton finish share nodes and runs.
 """
 
 from __future__ import annotations
