@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 import xarray as xr
 from photons_oracle import Catalogue, Prior
 from photons_scores import GuideOf
 from pyro import poutine
+from record import use_threads as use_threads  # the other photon benchmarks take both from here
+from record import write_json as write_json
 from torch import Tensor
 
 import scivi
 from domains.astrophysics import photons
 from scivi.inference.loop import open_data
 from scivi.inputs.batches import Batch, chunks
-
-THREADS = 2
-
-
-def use_threads(count: int = THREADS) -> None:
-    """Keep this process, whatever library it uses, to some cores. Call before JAX is imported."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={count}"
-    torch.set_num_threads(count)
 
 
 def prior() -> Prior:
@@ -108,42 +95,3 @@ def guide_of(fit: scivi.Fit, theta: Tensor) -> GuideOf:
         return FittedGuide(fit, next(whole), theta)
 
     return of
-
-
-def environment() -> dict[str, str | int]:
-    """What the figures depend on besides the code."""
-    found = {}
-    for package in ("torch", "pyro-ppl", "numpyro", "jax", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return {
-        "scivi": scivi.__version__,
-        "python": platform.python_version(),
-        **found,
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "threads": THREADS,
-    }
-
-
-def _processor() -> str:
-    """Model name of the processor, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
-
-
-def write_json(
-    path: Path | None, question: str, figures: dict[str, float], settings: dict[str, float]
-) -> None:
-    """Write the figures of a benchmark, if a path is given."""
-    if path is not None:
-        told = {"question": question, "figures": figures, "environment": {**environment(), **settings}}
-        path.write_text(json.dumps(told, indent=2) + "\n")

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scivi import analysis, errors, models
-    from scivi.inference.draws import draw, predict, simulate
+    from scivi.inference.draws import draw, predict
     from scivi.inference.loop import fit, train
     from scivi.inference.nuts import nuts
     from scivi.inference.plan import Plan
+    from scivi.inference.simulate import simulate
     from scivi.inference.state import Fit, load, save
     from scivi.inputs.fields import Field
     from scivi.laws import check
@@ -45,7 +46,7 @@ _HOMES = {
     "Template": "scivi.models.template",
     "Plan": "scivi.inference.plan",
     "Fit": "scivi.inference.state",
-    "simulate": "scivi.inference.draws",
+    "simulate": "scivi.inference.simulate",
     "check": "scivi.laws",
     "fit": "scivi.inference.loop",
     "train": "scivi.inference.loop",

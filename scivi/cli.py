@@ -14,16 +14,16 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 import xarray as xr
 from typer.core import TyperGroup
 
 from scivi.errors import CheckpointError, DataError, FitError, PlanError, SciVIError, TemplateError, listed
+from scivi.inference.plan import Plan
 
 if TYPE_CHECKING:
-    from scivi.inference.plan import Plan
     from scivi.models.template import Template
 
 ERROR, NOT_TRUSTED, STOPPED_BY_SIGNAL = 1, 3, 75  # 2 is wrong usage; 75 is "try again" in sysexits.h
@@ -63,6 +63,18 @@ def _repeated(flag: str, metavar: str, help: str) -> Any:
     return typer.Option(flag, default_factory=list, show_default=False, metavar=metavar, help=help)
 
 
+CHOICES = {name: get_args(hint) for name, hint in get_type_hints(Plan).items() if get_origin(hint) is Literal}
+
+
+def _one_of(name: str) -> Any:
+    """An option that takes one of the words which a field of the plan allows."""
+    return typer.Option(show_default=False, help=f"{', '.join(CHOICES[name])}.")
+
+
+_OTHERS = "; ".join(f"{name}: {', '.join(CHOICES[name])}" for name in ("optimiser", "schedule"))
+
+_seed = typer.Option(min=0, help="Seed of every random number.")
+
 TemplateName = Annotated[str, typer.Argument(metavar="TEMPLATE", help='As "module:name".')]
 Data = Annotated[Path, typer.Argument(metavar="DATA", help=".h5ad, .nc, .zarr, .csv, .tsv, .ecsv or .fits.")]
 Out = Annotated[Path, typer.Option("--out", help="File to write: .nc, or .zarr if draws exceed memory.")]
@@ -71,7 +83,7 @@ Dim = Annotated[list[str], _repeated("--dim", "OLD=NEW", "Rename a dim of the da
 Column = Annotated[list[str], _repeated("--column", "FIELD=COLUMN", "Where a field is: counts=X.")]
 Select = Annotated[list[str], _repeated("--select", "DIM=A,B", "Keep these labels of a dim.")]
 Draws = Annotated[int, typer.Option(min=1, help="Posterior draws.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number.")]
+Seed = Annotated[int, _seed]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary; errors only.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 if the verdict is: do not trust.")]
@@ -93,15 +105,13 @@ def fit(
     steps: Annotated[int | None, typer.Option(help="The most steps taken.")] = None,
     rows_per_batch: Annotated[str | None, typer.Option(help='Rows in a minibatch, or "all".')] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    estimator: Annotated[
-        str | None, typer.Option(help="trace, analytic, stl, enumerate, iwae, marginal.")
-    ] = None,
+    estimator: Annotated[str | None, _one_of("estimator")] = None,
     particles: Annotated[int | None, typer.Option(help="Guide samples per step.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random number.")] = None,
+    seed: Annotated[int | None, _seed] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
-    compile: Annotated[str | None, typer.Option(help="off or auto.")] = None,
-    setting: Annotated[list[str], _repeated("--set", "NAME=VALUE", "Set any field of the plan.")],
+    dtype: Annotated[str | None, _one_of("dtype")] = None,
+    compile: Annotated[str | None, _one_of("compile")] = None,
+    setting: Annotated[list[str], _repeated("--set", "NAME=VALUE", f"Any field of the plan ({_OTHERS}).")],
     prior: Prior,
     dim: Dim,
     column: Column,
@@ -128,6 +138,8 @@ def fit(
 
     out.mkdir(parents=True, exist_ok=True)
     beside = {"record": out / "history.jsonl", "checkpoint": out / "checkpoint.safetensors"}
+    if not resume:  # it would go on in the file of the fit before
+        beside["record"].unlink(missing_ok=True)
     result = fitted(what, source, how, **beside, resume=resume, progress=not quiet)
     save(result, out / "fit")
     _write(result.history, out / "history.nc")
@@ -197,11 +209,18 @@ def nuts(
     data: Data,
     *,
     out: Out,
-    fit: Annotated[Path | None, typer.Option(help="A fit whose learnt networks are held fixed.")] = None,
+    fit: Annotated[
+        Path | None, typer.Option(help="A fit: chains start at it, its networks are held fixed.")
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Take a seeded subset of so many rows.")] = None,
     draws: Draws = 1000,
-    warmup: Annotated[int, typer.Option(min=1, help="Warm-up draws of each chain.")] = 500,
+    warmup: Annotated[
+        int | None, typer.Option(min=1, help="Warm-up draws of each chain; 500, or 200 with a fit.")
+    ] = None,
     chains: Annotated[int, typer.Option(min=1, help="Number of chains.")] = 4,
+    backend: Annotated[
+        str, typer.Option(help="nutpie, pyro, or auto: nutpie where it is installed.")
+    ] = "auto",
     seed: Seed = 0,
     prior: Prior,
     dim: Dim,
@@ -217,8 +236,8 @@ def nuts(
     from scivi.inference.state import load
 
     given = None if fit is None else load(_fit_folder(fit), template=what)
-    numbers = {"draws": draws, "warmup": warmup, "chains": chains, "seed": seed, "rows": rows}
-    tree = sampled(what, source, given=given, **numbers, progress=not quiet)
+    how: dict[str, Any] = {"draws": draws, "warmup": warmup, "chains": chains, "seed": seed, "rows": rows}
+    tree = sampled(what, source, given=given, backend=backend, **how, progress=not quiet)
     _write(tree, out)
     _tell({"posterior": str(out), "sizes": _sizes(tree["posterior"])}, as_json, quiet)
 
@@ -244,7 +263,7 @@ def simulate(
     sizes = {name: _value(text) for name, text in _pairs(size, "--size").items()}
     if wrong := [f"--size {name}={n}" for name, n in sizes.items() if not isinstance(n, int) or n < 1]:
         raise typer.BadParameter(f"{', '.join(wrong)}: a size is a whole number of at least 1.")
-    from scivi.inference.draws import simulate as simulated
+    from scivi.inference.simulate import simulate as simulated
 
     table, truth = simulated(what, sizes, seed=seed)
     beside = out.with_name(f"{out.stem}_truth{out.suffix}")
@@ -364,8 +383,6 @@ def _with_prior(template: Template, changes: Mapping[str, str]) -> Template:
 
 def _plan(file: Path | None, settings: Sequence[str], flags: Mapping[str, Any]) -> Plan:
     """Defaults, then the file, then ``--set``, then those flags that name a field of the plan."""
-    from scivi.inference.plan import Plan
-
     table = (Plan() if file is None else Plan.from_toml(file)).to_dict()
     given = {name: flags[name] for name in table if flags.get(name) is not None}
     table |= {name: _value(text) for name, text in _pairs(settings, "--set").items()} | given

@@ -21,18 +21,18 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from scivi.errors import SciVIError, Unsupported
-from scivi.inference.draws import draw, simulate
+from scivi.inference.draws import draw
 from scivi.inference.loop import begin, fit, open_data
 from scivi.inference.nuts import evenly
 from scivi.inference.objective import prepare
 from scivi.inference.plan import Plan
 from scivi.inference.scores import Placed, by_particle, log_prob, quiet, run_pair
+from scivi.inference.simulate import simulate
 from scivi.inference.state import load, save
 from scivi.inference.step import update
 from scivi.inference.trees import dataset, units_of
 from scivi.inputs.batches import Batch, chunks, take
 from scivi.models.binding import Bound, bind, seeded
-from scivi.models.guides import JointNormalGuide
 from scivi.models.sites import sample_sites, value_of
 from scivi.models.template import Template
 
@@ -280,20 +280,10 @@ def _gradients(one: Subject) -> str:
             if bad := [name for name, slope in slopes.items() if not bool(torch.isfinite(slope).all())]:
                 raise Broken(f"at step {step} the gradient of {bad} is not finite")
             reached |= {name for name, slope in slopes.items() if bool((slope != 0).any())}
-    unreached = [
-        n for n, p in parameters.items() if p.requires_grad and n not in reached | _idle(state.bound)
-    ]
+    unreached = [n for n, p in parameters.items() if p.requires_grad and n not in reached]
     if unreached:
         raise Broken(f"no gradient reaches {unreached}")
     return f'{len(reached)} parameters, estimator "{objective.estimator}"'
-
-
-def _idle(bound: Bound) -> set[str]:
-    """Parameters that a joint normal of one dimension has no use for: there is nothing to correlate."""
-    joint = {n: m for n, m in bound.nets.named_modules() if isinstance(m, JointNormalGuide)}
-    return {
-        f"{name}.factor" for name, module in joint.items() if module.loc.numel() == 1 and module.rank is None
-    }
 
 
 def _unbiased(one: Subject) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import xarray as xr
 from typer.testing import CliRunner
 
 from scivi.cli import app
+from scivi.inference.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("fit", "draw", "predict", "nuts", "simulate", "report", "check", "info")
@@ -81,6 +83,14 @@ def test_help_shows_every_command_the_exit_codes_and_an_example():
     text = scivi("--help").output
     for word in (*COMMANDS, "Exit codes", "--strict", "scivi fit domains.astrophysics.photons:template"):
         assert word in text
+
+
+def test_help_of_fit_has_every_word_that_a_plan_allows():
+    hints = {name: hint for name, hint in get_type_hints(Plan).items() if get_origin(hint) is Literal}
+    assert set(hints) == {"estimator", "schedule", "optimiser", "dtype", "compile"}
+    text = " ".join(scivi("fit", "--help").output.split())
+    for name, hint in hints.items():
+        assert ", ".join(get_args(hint)) in text, name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -178,6 +188,15 @@ def test_info_tells_what_is_in_data(here):
     assert "neither a fit nor data" in scivi("info", "empty", code=1).stderr
 
 
+def test_info_shows_no_unfinished_files(here):
+    (here / "results").mkdir()
+    (here / "schools.nc").rename(here / "results" / "schools.nc")
+    (here / "results" / ".posterior.nc.12345.part").write_bytes(b"half")
+    (here / "results" / ".posterior.nc.part").write_bytes(b"half")
+    told = json.loads(scivi("info", "results", "--json").output)
+    assert set(told) == {"folder", "schools.nc"}
+
+
 def posterior(path: Path, shift: float) -> Path:
     """A tree of a normal mean under a guide that is right, or moved by some sd."""
     rng = np.random.default_rng(0)
@@ -223,6 +242,7 @@ class Refused:
             raise ImportError(name)
 sys.meta_path.insert(0, Refused)
 from scivi.cli import app
+from scivi.inference.plan import Plan
 app(["report", {str(path)!r}])
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -264,6 +284,12 @@ def test_the_same_command_gives_the_same_draws_and_a_resumed_fit_too(here):
     for name in ("one", "two"):
         scivi(*FIT, "schools.nc", "--out", name, "--no-report", "--quiet")
     scivi(*FIT, "schools.nc", "--out", "two", "--no-report", "--quiet", "--resume")
+    scivi(*FIT, "schools.nc", "--out", "one", "--no-report", "--quiet", "--overwrite")
+    steps = [
+        [json.loads(line)["step"] for line in (here / name / "history.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert steps[0] == steps[1] == sorted(set(steps[0]))  # of one fit, whatever was there before
     one, two = (xr.open_datatree(f"{name}/posterior.nc", engine="h5netcdf") for name in ("one", "two"))
     xr.testing.assert_equal(one["posterior"].to_dataset(), two["posterior"].to_dataset())
     one.close(), two.close()

@@ -27,7 +27,8 @@ from scivi.inference.polish import polish
 from scivi.inference.recorder import Guarded, JsonLines, Recorder
 from scivi.inference.scores import quiet
 from scivi.inference.state import Fit, State, freeze, load_state, new_state, save_state, versions
-from scivi.inference.step import diagnose, is_finite, read_window, signal_to_noise, update
+from scivi.inference.step import diagnose, is_finite, read_window, signal_to_noise
+from scivi.inference.stepper import stepper_for
 from scivi.inference.trees import plain_labels
 from scivi.inputs.batches import Batch, Feed, chunks, make_batch
 from scivi.inputs.sources import open_source
@@ -144,28 +145,40 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
         objective = prepare(state.bound, state.bound.example, plan)
         if state.step == 0 and objective.estimator == "marginal" and plan.newton:
             _newton_start(state, source, plan)
-    good = state.pack()
+        stepper = stepper_for(state, objective, plan)
+        state.engine = stepper.told
+    if state.good is None or not state.window:  # resumed between two entries, it keeps the one before
+        state.good = state.pack()
     while not (state.stopped or _ended(state, plan)):
         begun, first = time.perf_counter(), state.step
         with _sampling(state):
             while not (_ended(state, plan) or state.stopped):
-                update(state, objective, plan)
+                stepper.take(state, _room(state, plan))
                 if state.step % plan.log_every == 0 or time.perf_counter() - begun > plan.save_every_s:
                     break
+            stepper.settle(state)
         elapsed = time.perf_counter() - begun
         state.wall_s += elapsed
         if not is_finite(state.window):
-            _go_back(state, objective, plan, good)
+            _go_back(state, objective, plan, state.good)
             continue
         now = read_window(state.window)
         if state.step % plan.log_every == 0 or _ended(state, plan):
             _log(state, plan, now)
             state.window = {}
             _consider(state, plan)
-            good = state.pack()
+            state.good = state.pack()
         yield Progress(state.step, now["objective"], now["grad_norm"], (state.step - first) / elapsed, state)
     if not state.stopped:
         state.stopped = "plateau" if state.decay_from is not None else "steps"
+
+
+def _room(state: State, plan: Plan) -> int:
+    """Steps until the next entry of the history, or the end."""
+    last = plan.steps
+    if state.decay_from is not None and state.decay_steps is not None:
+        last = min(last, state.decay_from + state.decay_steps)
+    return min(last - state.step, plan.log_every - state.step % plan.log_every)
 
 
 def _ended(state: State, plan: Plan) -> bool:
@@ -227,6 +240,7 @@ def _go_back(
 ) -> None:
     """After a divergence: name it, go back to the last good state with half the learning rate, or give up."""
     steps, wall_s, restarts = state.step - good[1]["step"], state.wall_s, list(state.restarts)
+    stopped = state.stopped
     state.unpack(*good)
     with _sampling(state):
         error = diagnose(state, objective, plan, steps)
@@ -235,7 +249,7 @@ def _go_back(
         wall_s,
         [*restarts, {"step": error.step, "site": error.site, "rows": list(error.rows[:20])}],
     )
-    state.lr_factor = 0.5 ** len(state.restarts)
+    state.lr_factor, state.stopped = 0.5 ** len(state.restarts), stopped  # a signal to stop holds
     if len(state.restarts) > plan.restarts:
         state.stopped = "diverged"
         tried = (
@@ -258,7 +272,7 @@ def _newton_start(state: State, source: Any, plan: Plan) -> None:
     some = _spread_rows(source, bound, START_ROWS)
     rows = marginal.Rows(some, some, 1.0)
     try:
-        found = marginal.newton_finish(bound, rows, plan.nodes, fine=False, max_steps=15, tolerance=0.3)
+        found = marginal.newton_finish(bound, rows, plan.nodes, fine=False, max_steps=40, tolerance=0.3)
     except torch.linalg.LinAlgError:  # a marginal not smooth at the prior's centre is trained from there
         return
     if found.step_sd < 0.3 and bool(
@@ -307,7 +321,8 @@ def fit(
         template: what to fit.
         data: AnnData, xarray, DataFrame, dict of arrays, or a path (.h5ad, .nc, .zarr, .csv, .ecsv, .fits).
         plan: how; ``Plan()`` if None.
-        record: a file for the history as JSON lines, or a recorder.
+        record: a file for the history as JSON lines, or a recorder. With ``resume`` the file becomes that of
+            this fit, what a killed run wrote after its last checkpoint taken back; without, it is added to.
         checkpoint: file to which the running fit is saved every ``plan.save_every_s`` seconds, whole or not
             at all.
         resume: go on from ``checkpoint`` if it exists.
@@ -331,11 +346,9 @@ def fit(
     path = None if checkpoint is None else Path(checkpoint)
     if resume and path is not None and path.exists():
         load_state(state, path, identity)
-    recorder = (
-        Guarded(JsonLines(record) if isinstance(record, str | Path) else record)
-        if record is not None
-        else None
-    )
+    if isinstance(record, str | Path):
+        record = JsonLines(record, state.history if resume else None)
+    recorder = None if record is None else Guarded(record)
     logged, saved = len(state.history), time.monotonic()
     bar = tqdm(total=plan.steps, initial=state.step, disable=not progress, desc=template.name, unit="step")
     try:
@@ -437,6 +450,7 @@ def _frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) 
         "wall_s": round(state.wall_s, 3),
         "restarts": state.restarts,
         "finish": state.finish,
+        "engine": state.engine,
         "estimator": prepare(state.bound, state.bound.example, plan).estimator,
     }
     provenance = {

@@ -127,7 +127,7 @@ def layout(bound: Bound, batch: Batch) -> Layout:
 
 
 def nodes(
-    dims: int, per_dim: int, like: Tensor, *, n_random: int = RANDOM_NODES, seed: int = 0
+    dims: int, per_dim: int, like: Tensor, *, n_random: int = RANDOM_NODES, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Nodes (K, dims) and log weights (K,) that integrate against a standard normal.
 
@@ -136,16 +136,17 @@ def nodes(
         per_dim: Gauss-Hermite nodes each; exact for polynomials up to degree 2 per_dim - 1.
         like: gives dtype and device.
         n_random: scrambled Sobol nodes where ``dims`` is above the grid's limit.
-        seed: of those.
+        shift: uniform numbers (dims,) that move those around the unit cube, which makes their sums unbiased.
     """
     if dims <= GRID_DIMS:
         x, w = np.polynomial.hermite_e.hermegauss(per_dim)
         grid = np.stack(np.meshgrid(*[x] * dims, indexing="ij"), -1).reshape(-1, dims)
         log_w = sum(np.meshgrid(*[np.log(w / w.sum())] * dims, indexing="ij"))
         return like.new_tensor(grid), like.new_tensor(np.asarray(log_w).reshape(-1))
-    uniform = torch.quasirandom.SobolEngine(dims, scramble=True, seed=seed).draw(
-        n_random, dtype=torch.float64
-    )
+    uniform = torch.quasirandom.SobolEngine(dims, scramble=True, seed=0).draw(n_random, dtype=torch.float64)
+    uniform = uniform.to(like.device)
+    if shift is not None:
+        uniform = (uniform + shift) % 1
     normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
     return normal.to(like), like.new_full((n_random,), -math.log(n_random))
 
@@ -272,9 +273,9 @@ def objective(
         beta: weight of the globals' KL.
     """
     like = next(iter(batch.values.values()))
-    seed = int(torch.randint(2**31, ())) if plan.dims > GRID_DIMS else 0
     per_dim = training_nodes(plan.dims, per_dim)
-    points, log_w = nodes(plan.dims, per_dim, like, n_random=TRAINING_NODES, seed=seed)
+    shift = torch.rand(plan.dims, dtype=torch.float64, device=like.device) if plan.dims > GRID_DIMS else None
+    points, log_w = nodes(plan.dims, per_dim, like, n_random=TRAINING_NODES, shift=shift)
     guide, density = run_guide(bound, batch, plan, points)
     values = latent_values(guide)
     model = run_model(bound, batch, values)
@@ -340,8 +341,6 @@ def log_marginal(
     batch: Batch,
     plan: Layout,
     per_dim: int,
-    *,
-    seed: int = 0,
 ) -> Tensor:
     """Log density of some rows given the globals at ``theta`` (D,), each row integrated and counted once.
 
@@ -352,9 +351,8 @@ def log_marginal(
         batch: the rows.
         plan: of the guide's noise.
         per_dim: Gauss-Hermite nodes per local dimension.
-        seed: of the nodes where they are random.
     """
-    points, log_w = nodes(plan.dims, per_dim, theta, n_random=2 * RANDOM_NODES, seed=seed)
+    points, log_w = nodes(plan.dims, per_dim, theta, n_random=2 * RANDOM_NODES)
     with torch.no_grad():
         guide, density = run_guide(bound, batch, plan, points, fixed={module.name: theta})
     model = run_model(
@@ -423,6 +421,7 @@ def newton_finish(
         absent = "no full-rank joint normal holds all globals (scivi.models.guides.global_normal)"
         raise Unsupported(f"the Newton finish cannot be had: {plan.refusal or absent}.")
     coarse, n_fine = training_nodes(plan.dims, per_dim), 2 * per_dim + 1
+    fine = fine and plan.dims <= GRID_DIMS  # random nodes are no finer for that
 
     def derivatives(
         theta: Tensor, batches: Callable[[int], Iterable[Batch]], n: int, curved: bool

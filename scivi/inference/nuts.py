@@ -1,28 +1,27 @@
-"""``nuts``: the same model under the no-U-turn sampler, as a tree with the groups and dims of ``draw``.
-
-Longer than 400 lines because subsets of rows, starts from a fit and the sampler's statistics stand here too.
-"""
+"""``nuts``: the same model under the no-U-turn sampler, as a tree with the groups and dims of ``draw``."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from pyro import poutine
-from pyro.infer import NUTS, config_enumerate, infer_discrete
-from pyro.infer.mcmc.util import initialize_model
+from pyro.infer import config_enumerate, infer_discrete
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scivi.errors import FitError, PlanError, TemplateError, Unsupported, listed
-from scivi.inference.draws import AT_ONCE, Collected, _check_rows, _gather_sites, _prior
+from scivi.errors import PlanError, TemplateError, listed
+from scivi.inference.chains import STATS, Length, chosen, nutpie_chain, pyro_chain
+from scivi.inference.draws import check_rows
+from scivi.inference.gather import AT_ONCE, log_likelihood, prior_draws, reported
 from scivi.inference.loop import EXAMPLE_ROWS, open_data
-from scivi.inference.plan import Plan
+from scivi.inference.potential import fast, potential
 from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate, quiet
 from scivi.inference.state import Fit, freeze, versions
 from scivi.inference.trees import dataset, save_tree, tree, units_of
@@ -33,6 +32,10 @@ from scivi.models.template import Template
 
 CPU = torch.device("cpu")
 Start = Callable[[], dict[str, Tensor]]  # a starting value for each latent, anew at each call
+WARMUP, WARMUP_GIVEN = 500, 200  # draws in which a chain adapts (our choice; the second: benchmarks/nuts.py)
+STEPS = (
+    10  # leapfrog steps of a draw, to foresee how long a run is (our choice: 7 to 31 in benchmarks/nuts.py)
+)
 
 
 @dataclass
@@ -67,11 +70,11 @@ def nuts(
     *,
     given: Fit | None = None,
     draws: int = 1000,
-    warmup: int = 500,
+    warmup: int | None = None,
     chains: int = 4,
     seed: int = 0,
     rows: int | None = None,
-    backend: str = "pyro",
+    backend: str | None = None,
     progress: bool = True,
     to: str | Path | None = None,
 ) -> xr.DataTree:
@@ -84,12 +87,13 @@ def nuts(
             it is then required; chains start at draws of its guide. Without it they start uniformly in
             (-2, 2) on the unbounded scale.
         draws: kept from each chain.
-        warmup: draws before them, in which step size and (diagonal) mass matrix adapt.
+        warmup: draws before them, in which step size and (diagonal) mass matrix adapt; None for 500, or
+            200 where a fit is given.
         chains: run one after the other.
         seed: of everything.
         rows: take so many rows, evenly spread over the first row dim; None for all. The posterior is then
             that of these rows alone. Their labels are kept, to be matched with those of another posterior.
-        backend: "pyro".
+        backend: "nutpie" (the extra ``nuts``) or "pyro"; None or "auto" for nutpie where it is installed.
         progress: show a progress bar.
         to: also write the tree there, .nc or .zarr.
 
@@ -102,18 +106,22 @@ def nuts(
         DataError: the data do not fit the template.
         TemplateError: the model contains networks and ``given`` is missing, or is a fit of another template.
         PlanError: a number is out of range.
-        Unsupported: another backend; a discrete latent that cannot be summed.
+        Unsupported: another backend, or one that is not installed; a discrete latent that cannot be summed.
         FitError: no starting point has a finite density.
 
     Notes:
-        Float64 on the CPU. Each leapfrog step costs a pass over all rows, 2 to 3 ms up to a thousand rows:
-        four chains of 1500 draws take minutes, and a hundred thousand rows are out of reach. Discrete latents
-        are summed exactly while sampling, and drawn given the rest afterwards.
+        Float64 on the CPU, chains in turn. Each leapfrog step costs a pass over all rows: with nutpie a tenth
+        of a millisecond up to a thousand rows, and with Pyro's own sampler 2 to 5, so that its four chains
+        take minutes. A long run is compiled first (up to half a minute; later runs find the code on disk).
+        What cannot be captured runs slowly, and the provenance says why. Discrete latents are summed exactly
+        while sampling, and drawn given the rest afterwards.
 
     References:
         Hoffman and Gelman 2014, JMLR 15, 1593-1623 (the sampler); Betancourt 2017, arXiv:1701.02434 (energy).
     """
-    _check_request(backend, {"draws": draws, "warmup": warmup, "chains": chains, "rows": rows})
+    backend = chosen(backend)
+    warmup = warmup if warmup is not None else WARMUP if given is None else WARMUP_GIVEN
+    _check_numbers({"draws": draws, "warmup": warmup, "chains": chains, "rows": rows})
     whole = source = open_data(template, data)
     row = template.row_dims[0]
     if rows is not None and rows < source.sizes[row]:
@@ -121,19 +129,18 @@ def nuts(
     batch = next(chunks(source, template.fields, template.row_dims, source.sizes[row], CPU, torch.float64))
     bound, learnt = _pair(template, source, given, seed)
     start = None if given is None else _guide_start(given, whole, source, batch)
-    values, stats = _sample(bound, batch, start, draws, warmup, chains, seed, progress)
+    length = Length(draws, warmup)
+    values, stats, told = _sample(bound, batch, start, length, chains, seed, backend, progress)
     with seeded(stream_seed(seed, "draws")), torch.no_grad(), quiet():
         collected = _rerun(bound, batch, values, chains * draws)
     groups = _groups(bound, source, collected, stats, (chains, draws), seed)
-    found = tree(groups, _provenance(template, whole, source, given, learnt, groups, seed, warmup))
+    found = tree(groups, _provenance(template, whole, source, given, learnt, told, groups, seed, warmup))
     if to is not None:
         save_tree(found, to)
     return found
 
 
-def _check_request(backend: str, numbers: Mapping[str, int | None]) -> None:
-    if backend != "pyro":
-        raise Unsupported(f'backend = "{backend}" is not offered; "pyro" is. "nutpie" comes later.')
+def _check_numbers(numbers: Mapping[str, int | None]) -> None:
     faults = [
         f"{name} = {n!r}; it must be a whole number of at least 1"
         for name, n in numbers.items()
@@ -205,7 +212,7 @@ def _guide_start(given: Fit, whole: Any, source: Any, batch: Batch) -> Start:
     """Draws of the fit's guide for the rows in ``batch``."""
     pair, template = _doubled(given), given.template
     row = template.row_dims[0]
-    _check_rows(given, whole)
+    check_rows(given, whole)
     places = None
     if not pair.amortised:  # one factor for each row: run it on all of them, then take those that are wanted
         batch = next(chunks(whole, template.fields, template.row_dims, whole.sizes[row], CPU, torch.float64))
@@ -223,142 +230,73 @@ def _guide_start(given: Fit, whole: Any, source: Any, batch: Batch) -> Start:
     return start
 
 
-class _Kernel(NUTS):
-    """Pyro's sampler, which also tells the kinetic energy of a transition's momentum (Pyro 1.9 does not)."""
-
-    kinetic = 0.0
-
-    def _sample_r(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        momentum, unscaled = super()._sample_r(name)
-        self.kinetic = float(self._kinetic_energy(unscaled))
-        return momentum, unscaled
-
-
-class _Potential:
-    """Minus the log density on the unbounded scale, counting how often it is asked."""
-
-    def __init__(self, function: Callable[[dict[str, Tensor]], Tensor]) -> None:
-        self.function, self.calls = function, 0
-
-    def __call__(self, z: dict[str, Tensor]) -> Tensor:
-        self.calls += 1
-        return self.function(z)
-
-
 def _sample(
     bound: Bound,
     batch: Batch,
     start: Start | None,
-    draws: int,
-    warmup: int,
+    length: Length,
     chains: int,
     seed: int,
+    backend: str,
     progress: bool,
-) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-    """Latents (chain x draw, ...) on their supports, and the sampler's statistics (chain, draw)."""
-    bar = tqdm(total=chains * (draws + warmup), disable=not progress, desc=bound.template.name, unit="draw")
-    values: dict[str, list[Tensor]] = {}
-    stats: list[dict[str, list[float]]] = []
-    try:
+) -> tuple[dict[str, Tensor], dict[str, np.ndarray], dict[str, Any]]:
+    """Latents (chain x draw, ...) on their supports, the sampler's statistics (chain, draw), how it ran."""
+    total = chains * (length.draws + length.warmup)
+    told: dict[str, Any] = {"name": backend}
+    with (
+        tqdm(total=total, disable=not progress, desc=bound.template.name, unit="draw") as bar,
+        quiet(),
+        poutine.block(),
+    ):
+        with seeded(stream_seed(seed, "sampling")):
+            density = potential(bound, batch)
+            function = None
+            if backend == "nutpie":
+                begun = time.perf_counter()
+                function, how = fast(density, STEPS * total)
+                told |= how | {"compile_s": round(time.perf_counter() - begun, 2)}
+        found, begun = [], time.perf_counter()
         for chain in range(chains):
-            with (
-                seeded(stream_seed(stream_seed(seed, "sampling") + chain, "sampling")),
-                quiet(),
-                poutine.block(),
-            ):
-                first, potential, transforms = _density(bound, batch, start)
-                bar.set_postfix_str(f"chain {chain + 1} of {chains}")
-                path, numbers = _chain(first, potential, draws, warmup, bar)
-            stats.append(numbers)
-            for name in first:
-                z = torch.stack([point[name] for point in path])
-                values.setdefault(name, []).append(transforms[name].inv(z))
-    finally:
-        bar.close()
-    table = {name: np.array([numbers[name] for numbers in stats]) for name in stats[0]}
-    return {name: torch.cat(parts) for name, parts in values.items()}, table
+            bar.set_postfix_str(f"chain {chain + 1} of {chains}")
+            own = stream_seed(stream_seed(seed, "sampling") + chain, "sampling")
+            with seeded(own):
+                first = density.start(None if start is None else start())
+                if function is None:
+                    found.append(pyro_chain(density, first, length, bar))
+                else:
+                    found.append(nutpie_chain(function, first, length, own, bar))
+    stats = {name: np.stack([chain.stats[name] for chain in found]) for name in STATS}
+    told["gradients"] = sum(chain.gradients for chain in found)
+    told["sampling_s"] = round(time.perf_counter() - begun, 3)
+    return density.values(torch.cat([chain.path for chain in found])), stats, told
 
 
-def _density(
-    bound: Bound, batch: Batch, start: Start | None
-) -> tuple[dict[str, Tensor], _Potential, dict[str, Any]]:
-    """Starting point and potential on the unbounded scale, and the transforms to it."""
-    name = bound.template.name
-    try:
-        first, function, transforms, _ = initialize_model(
-            bound.model, (batch,), max_plate_nesting=bound.nesting
-        )
-    except ValueError as error:
-        if "initial params" in str(error):
-            raise FitError(f'NUTS found no point at which the density of "{name}" is finite.') from None
-        if "discrete" in str(error):
-            left = [s.name for s in bound.sites if s.discrete]
-            raise Unsupported(
-                f'NUTS cannot sample "{name}": of the discrete latents {left} one has no finite support.'
-            ) from None
-        raise
-    # A model that has plain numbers in its distributions starts in float32.
-    first = {n: z.double() for n, z in first.items()}
-    if start is not None:
-        drawn = start()
-        moved = {n: transforms[n](drawn[n]).to(z).reshape(z.shape) for n, z in first.items() if n in drawn}
-        if bool(torch.isfinite(function({**first, **moved}))):
-            first = {**first, **moved}
-    return first, _Potential(function), transforms
+@dataclass
+class _Rerun:
+    """The model's run on the draws: by name, dims and values (draw, *dims); log joint density (draw,)."""
+
+    posterior: dict[str, tuple[tuple[str, ...], np.ndarray]]
+    likelihood: dict[str, tuple[tuple[str, ...], np.ndarray]]
+    log_joint: np.ndarray
 
 
-def _chain(
-    first: dict[str, Tensor], potential: _Potential, draws: int, warmup: int, bar: tqdm
-) -> tuple[list[dict[str, Tensor]], dict[str, list[float]]]:
-    """One chain: its draws, and what the sampler did at each."""
-    kernel = _Kernel(potential_fn=potential)
-    kernel.initial_params = first
-    kernel.setup(warmup)
-    path, point = [], first
-    names = ("diverging", "acceptance_rate", "step_size", "n_steps", "tree_depth", "energy")
-    stats: dict[str, list[float]] = {name: [] for name in names}
-    for k in range(warmup + draws):
-        before, calls, accepted = (
-            float(cast(Tensor, kernel._fetch_from_cache()[1])),
-            potential.calls,
-            kernel._mean_accept_prob,
-        )
-        point = kernel.sample(point)
-        bar.update()
-        if k < warmup:
-            continue
-        n, n_steps = k - warmup + 1, potential.calls - calls
-        rate = kernel._mean_accept_prob if n == 1 else accepted + n * (kernel._mean_accept_prob - accepted)
-        rate = min(1.0, max(0.0, rate))  # it comes out of a running mean, with its rounding
-        diverged = (n - 1) in kernel.diagnostics()["divergences"][-1:]
-        numbers = (
-            diverged,
-            rate,
-            kernel.step_size,
-            n_steps,
-            np.ceil(np.log2(n_steps + 1)),
-            before + kernel.kinetic,
-        )
-        for name, number in zip(names, numbers, strict=True):
-            stats[name].append(number)
-        path.append({name: z.detach() for name, z in point.items()})
-    return path, stats
-
-
-def _rerun(bound: Bound, batch: Batch, values: Mapping[str, Tensor], total: int) -> Collected:
-    """The model on the draws, some at a time: reported sites, log likelihood, log joint, each (draw, ...)."""
-    template, out = bound.template, Collected()
+def _rerun(bound: Bound, batch: Batch, values: Mapping[str, Tensor], total: int) -> _Rerun:
+    """Run the model on the draws, some at a time."""
+    template = bound.template
     size = max(1, AT_ONCE // max(batch.n_rows(r) for r in template.row_dims))
-    joint = []
+    found, likelihood, joint = [], [], []
     for begin in range(0, total, size):
         n = min(size, total - begin)
-        part = {name: v[begin : begin + n] for name, v in values.items()}
-        model = _model_at(bound, batch, part, n)
-        _gather_sites(out, template, model, batch, n, first=True)
+        model = _model_at(bound, batch, {name: v[begin : begin + n] for name, v in values.items()}, n)
+        found.append(reported(template, model, batch, n))
+        likelihood.append(log_likelihood(template, model, batch, n))
         density = [by_particle(log_prob(s), bound.nesting).expand(n) for _, s in sample_sites(model)]
-        joint.append(torch.stack([d.double() for d in density]).sum(0))
-    out.log_joint = torch.cat(joint)
-    return out
+        joint.append(torch.stack([d.double() for d in density]).sum(0).numpy())
+
+    def joined(parts: list[dict[str, tuple[tuple[str, ...], np.ndarray]]]) -> Any:
+        return {n: (dims, np.concatenate([p[n][1] for p in parts])) for n, (dims, _) in parts[0].items()}
+
+    return _Rerun(joined(found), joined(likelihood), np.concatenate(joint))
 
 
 def _model_at(bound: Bound, batch: Batch, values: Mapping[str, Tensor], n: int) -> poutine.Trace:
@@ -383,7 +321,7 @@ def _model_at(bound: Bound, batch: Batch, values: Mapping[str, Tensor], n: int) 
 def _groups(
     bound: Bound,
     source: Any,
-    found: Collected,
+    found: _Rerun,
     stats: Mapping[str, np.ndarray],
     shape: tuple[int, int],
     seed: int,
@@ -393,23 +331,22 @@ def _groups(
     coords: dict[str, Any] = {d: template.coords.get(d, np.arange(n)) for d, n in sizes.items()}
     coords |= {d: np.asarray(source.coords[d]) for d in source.sizes if d not in template.coords}
 
-    def sampled(parts: list[np.ndarray]) -> np.ndarray:
-        joined = np.concatenate(parts)
-        return joined.reshape(*shape, *joined.shape[1:])
+    def sampled(values: np.ndarray) -> np.ndarray:
+        return values.reshape(*shape, *values.shape[1:])
 
-    posterior = {n: (found.dims[n], sampled(parts)) for n, parts in found.posterior.items()}
+    posterior = {n: (dims, sampled(v)) for n, (dims, v) in found.posterior.items()}
     groups = {"posterior": dataset(posterior, coords, units, sampled=True)}
-    groups["prior"] = _prior(Fit(bound, {}, Plan(), xr.Dataset(), {}, {}), shape[1], seed, coords, units)
-    likelihood = {
-        n: (found.dims[f"log_likelihood {n}"], sampled(parts)) for n, parts in found.likelihood.items()
-    }
+    groups["prior"] = prior_draws(bound, shape[1], seed, coords, units)
+    likelihood = {n: (dims, sampled(v)) for n, (dims, v) in found.likelihood.items()}
     groups["log_likelihood"] = dataset(likelihood, coords, dict.fromkeys(likelihood, "nat"), sampled=True)
     table = source.read({})
     for group, role in (("observed_data", "observed"), ("constant_data", "given")):
         named = {n: (f.dims, table[n]) for n, f in template.fields.items() if f.role == role}
         groups[group] = dataset(named, coords, units, sampled=False)
-    named = {"lp": ((), sampled([torch.as_tensor(found.log_joint).numpy()]))}
+    named = {"lp": ((), sampled(found.log_joint))}
     whole = {"diverging": bool, "n_steps": int, "tree_depth": int}
+    rate = stats["acceptance_rate"].clip(0.0, 1.0)  # a mean, with its rounding
+    stats = {**stats, "acceptance_rate": rate}
     named |= {n: ((), values.astype(whole.get(n, float))) for n, values in stats.items()}
     groups["sample_stats"] = dataset(named, coords, {"lp": "nat", "energy": "nat"}, sampled=True)
     return groups
@@ -421,6 +358,7 @@ def _provenance(
     source: Any,
     given: Fit | None,
     learnt: list[str],
+    told: Mapping[str, Any],
     groups: Mapping[str, xr.Dataset],
     seed: int,
     warmup: int,
@@ -439,7 +377,8 @@ def _provenance(
         if source is not whole
         else None,
         "method": "nuts",
-        "backend": "pyro",
+        "backend": told["name"],
+        "sampler": {name: value for name, value in told.items() if name != "name"},
         "plan": {"draws": draws, "warmup": warmup, "chains": chains},
         "held_fixed": learnt,
         "given": None if given is None else {"data": given.provenance["data"], "seed": given.plan.seed},

@@ -13,6 +13,7 @@ from scivi.errors import PlanError, listed
 
 Estimator = Literal["auto", "trace", "analytic", "stl", "enumerate", "iwae", "marginal"]
 Schedule = Literal["constant", "warmup-stable-decay"]
+Compile = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,9 @@ class Plan:
         beta_start, beta: that weight; 1 is the bound itself.
         dtype: "float32" or "float64".
         device: "cpu", "cuda", "cuda:1", ...; never chosen in silence.
-        compile: "off" runs eagerly; "auto" lets the engine capture and compile the step when that pays.
+        compile: "auto" captures and compiles the step of a plan long enough to repay it (a thousand steps);
+            "on" of every plan; "off" of none. A step that cannot be captured runs eagerly, and the provenance
+            of the fit says why.
         seed: of initial values, row order and sampling, as three separate streams.
         log_every: steps between two entries of the history.
         save_every_s: seconds between two checkpoints.
@@ -96,7 +99,7 @@ class Plan:
     beta: float = 1.0
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "cpu"
-    compile: Literal["off", "auto"] = "auto"
+    compile: Compile = "auto"
     seed: int = 0
     log_every: int = 50
     save_every_s: float = 60.0
@@ -197,7 +200,7 @@ def _faults_of_choices(plan: Plan) -> list[str]:
         "schedule": get_args(Schedule),
         "optimiser": ("adam", "sgd"),
         "dtype": ("float32", "float64"),
-        "compile": ("off", "auto"),
+        "compile": get_args(Compile),
     }
     faults = [
         f"{name} = {getattr(plan, name)!r}; it must be one of {', '.join(map(repr, allowed))}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from scivi.inference.state import write_atomically
 
 
 @runtime_checkable
@@ -30,21 +32,29 @@ class JsonLines:
 
     Args:
         path: of the file; its folder is made.
+        history: the entries that the file holds to begin with, in place of what is there: a killed fit has
+            written more than its checkpoint has. None leaves the file as it is.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, history: Sequence[Mapping[str, float]] | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if history is not None:
+            write_atomically(self.path, "".join(map(_line, history)).encode())
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, entry: Mapping[str, float]) -> None:
         """Append an entry."""
-        self._file.write(json.dumps(dict(entry)) + "\n")
+        self._file.write(_line(entry))
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _line(entry: Mapping[str, float]) -> str:
+    return json.dumps(dict(entry)) + "\n"
 
 
 class Guarded:

@@ -1,7 +1,11 @@
-"""``State`` of a running fit, ``Fit`` of a finished one; atomic save, exact resume, provenance."""
+"""``State`` of a running fit, ``Fit`` of a finished one; atomic save, exact resume, provenance.
+
+Longer than 400 lines because the files of running and of finished fits are written and read in one way.
+"""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib
 import json
@@ -49,6 +53,8 @@ class State:
         wall_s: seconds spent, over all runs.
         finish: what the start and the finish of the globals found.
         stopped: why the fit ended; empty while it runs.
+        engine: how steps are taken, and why so; of this run, not of the checkpoint.
+        good: what ``pack`` told at the last entry of the history, to which a divergence goes back.
     """
 
     bound: Bound
@@ -65,6 +71,8 @@ class State:
     wall_s: float = 0.0
     finish: dict[str, Any] = field(default_factory=dict)
     stopped: str = ""
+    engine: dict[str, Any] = field(default_factory=dict)
+    good: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     _PLAIN = (
         "step",
@@ -168,7 +176,7 @@ def versions() -> dict[str, str]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put a file in place whole, or not at all."""
+    """Put a file in place whole, or not at all; what killed writers of the same file have left is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with aside.open("wb") as file:
@@ -176,10 +184,34 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+    _sweep(path.parent, glob.escape(path.name))
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Remove the unfinished writes of a file (a pattern) whose processes have ended."""
+    for left in folder.glob(f".{name}.*.part"):
+        writer = left.name.split(".")[-2]
+        if writer.isdecimal() and not _is_alive(int(writer)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # there a signal 0 is Ctrl-C, so that nothing is asked and nothing removed
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no number that a process has
+        return True
+    return True
 
 
 def save_state(state: State, path: str | Path, identity: Mapping[str, Any]) -> None:
     """Write a checkpoint: one file, put in place whole.
+
+    Between two entries of the history it holds the state twice: as it is, to lose no step, and as it was at
+    the last entry, so that a later divergence goes back as far as in a fit that was never stopped.
 
     Args:
         state: of the running fit.
@@ -188,6 +220,9 @@ def save_state(state: State, path: str | Path, identity: Mapping[str, Any]) -> N
     """
     tensors, plain = state.pack()
     header = {"format": str(FORMAT), "plain": json.dumps(plain), "identity": json.dumps(identity)}
+    if state.window and state.good is not None:
+        tensors |= {f"good.{name}": value for name, value in state.good[0].items()}
+        header["good"] = json.dumps(state.good[1])
     write_atomically(Path(path), to_bytes({k: v.contiguous() for k, v in tensors.items()}, header))
 
 
@@ -215,6 +250,8 @@ def load_state(state: State, path: str | Path, identity: Mapping[str, Any]) -> N
             )
         )
     state.unpack(tensors, json.loads(header["plain"]))
+    if "good" in header:
+        state.good = (_under(tensors, "good."), json.loads(header["good"]))
     if state.stopped == "signal":  # it was asked to stop, and is now asked to go on
         state.stopped = ""
 
@@ -303,6 +340,7 @@ def save(fit: Fit, directory: str | Path) -> Path:
     for old in directory.glob("tensors-*.safetensors"):
         if old.name != name:
             old.unlink()
+    _sweep(directory, "tensors-*.safetensors")  # their name is their content's: the next write has another
     return directory
 
 

@@ -91,9 +91,10 @@ def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitE
         plan: of the fit.
         steps: how many to take at most.
     """
+    device = next(iter(state.bound.example.values.values())).device
     for _ in range(steps):
         tensors, plain = state.pack()
-        random = torch.get_rng_state()
+        random = random_states(device)
         cursor = state.feed.state()
         update(state, objective, plan)
         if is_finite(state.window):
@@ -102,7 +103,7 @@ def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitE
         state.unpack(tensors, plain)
         batch = state.feed.next()
         state.feed.restore(cursor)
-        torch.set_rng_state(random)
+        restore_random(random)
         site, rows = _bad_site(objective.bound, batch)
         what = (
             f'the log density of site "{site}" is not finite'
@@ -120,6 +121,21 @@ def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitE
     return FitError(
         f"the fit diverged near step {state.step}, but not when the steps were taken again.", step=state.step
     )
+
+
+def random_states(device: torch.device) -> dict[torch.device, Tensor]:
+    """Where torch's generators stand: the CPU's, and that of a device which has its own."""
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    return states | ({device: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore_random(states: Mapping[torch.device, Tensor]) -> None:
+    """Put them back."""
+    for device, random in states.items():
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(random, device)
+        else:
+            torch.set_rng_state(random)
 
 
 def _bad_gradient(bound: Bound) -> str:

@@ -1,14 +1,14 @@
-"""Named values become a ``DataTree``: the one way out of torch."""
+"""Named values become a ``DataTree``, in memory or in a file: the one way out of torch."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import arviz_base
 import numpy as np
 import xarray as xr
 from torch import Tensor
@@ -17,6 +17,7 @@ from scivi.models.template import Template
 
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]  # by variable: dims, and values with those dims
 SAMPLED = ("chain", "draw")
+ZARR = 2  # format 3 has no settled text type yet
 
 
 def arranged(value: Tensor, n_draws: int, shape: Sequence[int]) -> np.ndarray:
@@ -42,17 +43,17 @@ def dataset(
         units: by variable.
         sampled: whether chain and draw lead.
     """
+    lead = SAMPLED if sampled else ()
     present = {d for dims, _ in named.values() for d in dims}
-    group = arviz_base.dict_to_dataset(
-        {name: values for name, (_, values) in named.items()},
-        dims={name: list(dims) for name, (dims, _) in named.items()},
-        coords={d: np.asarray(labels) for d, labels in coords.items() if d in present},
-        sample_dims=list(SAMPLED) if sampled else [],
-        inference_library=None,
-    )
-    for name in group.data_vars:
-        group[name].attrs["units"] = units.get(str(name), "1")
-    return group
+    labels = {d: np.asarray(own) for d, own in coords.items() if d in present}
+    if sampled and named:
+        shape = next(iter(named.values()))[1].shape
+        labels |= {d: np.arange(n) for d, n in zip(SAMPLED, shape, strict=False)}
+    columns = {
+        name: ((*lead, *dims), values, {"units": units.get(name, "1")})
+        for name, (dims, values) in named.items()
+    }
+    return xr.Dataset(columns, labels)
 
 
 def plain_labels(labels: Any) -> list[Any]:
@@ -68,20 +69,121 @@ def units_of(template: Template) -> dict[str, str]:
 
 def tree(groups: Mapping[str, xr.Dataset], provenance: Mapping[str, Any]) -> xr.DataTree:
     """All groups under one root, which carries the provenance as JSON."""
-    root = xr.DataTree.from_dict({name: group for name, group in groups.items() if group is not None})
+    root = xr.DataTree.from_dict({name: group for name, group in groups.items() if group.data_vars})
     created = datetime.now(UTC).isoformat(timespec="seconds")
     root.attrs["provenance"] = json.dumps({**provenance, "created": created})
     return root
 
 
 def save_tree(found: xr.DataTree, path: str | Path) -> Path:
-    """Write a tree to .nc (netCDF) or .zarr; whole or not at all for netCDF."""
+    """Write a tree to .nc (netCDF) or .zarr, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(path)
     if path.suffix == ".zarr":
-        found.to_zarr(path, mode="w", zarr_format=2)  # format 3 has no settled text type yet
-        return path
-    aside = path.with_name(f".{path.name}.part")
-    found.to_netcdf(aside, engine="h5netcdf")
-    aside.replace(path)
+        found.to_zarr(aside, mode="w", zarr_format=ZARR)
+    else:
+        found.to_netcdf(aside, engine="h5netcdf")
+    _put(aside, path)
     return path
+
+
+def _aside(path: Path) -> Path:
+    """Where a file or folder is written before it takes its place."""
+    return path.with_name(f".{path.name}.part")
+
+
+def _put(aside: Path, path: Path) -> None:
+    """Give a finished file or folder its place."""
+    if path.is_dir():  # a folder cannot be replaced in one step: the old one steps aside first
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.replace(old)
+        aside.replace(path)
+        shutil.rmtree(old)
+    else:
+        aside.replace(path)
+
+
+class Pieces:
+    """Groups that come some rows at a time: held until the end, or appended to a .zarr as they come.
+
+    Args:
+        row: the dim along which pieces follow one another.
+        coords: labels of all dims, whole.
+        units: by variable.
+        to: a file for the tree; with .zarr memory does not grow with the rows.
+    """
+
+    def __init__(
+        self, row: str, coords: Mapping[str, np.ndarray], units: Mapping[str, str], to: str | Path | None
+    ) -> None:
+        self.row, self.coords, self.units = row, coords, units
+        self.to = None if to is None else Path(to)
+        self.store = _aside(self.to) if self.to is not None and self.to.suffix == ".zarr" else None
+        self.parts: dict[str, dict[str, tuple[tuple[str, ...], list[np.ndarray]]]] = {}
+        self.begun: set[str] = set()
+
+    def __enter__(self) -> Pieces:
+        if self.store is not None:
+            self.store.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.store, ignore_errors=True)
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.store is not None:
+            shutil.rmtree(self.store, ignore_errors=True)
+
+    def add(self, rows: slice | None, groups: Mapping[str, Named]) -> None:
+        """Take in the variables of some rows; of those without the row dim the first is kept.
+
+        Args:
+            rows: which; None if no variable has the row dim.
+            groups: by group and name, dims (chain and draw included) and values.
+        """
+        for group, named in groups.items():
+            local = {n: v for n, v in named.items() if self.row in v[0]}
+            kept = self.parts.setdefault(group, {})
+            for name, (dims, values) in named.items():
+                if name not in local:
+                    kept.setdefault(name, (dims, [values]))
+                elif self.store is None:
+                    kept.setdefault(name, (dims, []))[1].append(values)
+            if self.store is not None and local:
+                self._append(group, local, rows)
+
+    def _append(self, group: str, local: Named, rows: slice | None) -> None:
+        coords = {**self.coords, self.row: self.coords[self.row][rows]}
+        piece = dataset(local, coords, self.units, sampled=False)
+        if group in self.begun:
+            piece.to_zarr(self.store, group=group, append_dim=self.row, consolidated=False, zarr_format=ZARR)
+            return
+        chunks = {n: {"chunks": v.shape} for n, (_, v) in local.items()}
+        piece.to_zarr(
+            self.store, group=group, mode="a", encoding=chunks, consolidated=False, zarr_format=ZARR
+        )
+        self.begun.add(group)
+
+    def tree(self, whole: Mapping[str, xr.Dataset], provenance: Mapping[str, Any]) -> xr.DataTree:
+        """All that came, with groups that are whole, under one root; read lazily where it went to .zarr."""
+        groups = {}
+        for group, kept in self.parts.items():
+            named = {n: (dims, self._joined(dims, values)) for n, (dims, values) in kept.items()}
+            groups[group] = dataset(named, self.coords, self.units, sampled=False)
+        found = tree({**groups, **whole}, provenance)
+        if self.store is None:
+            if self.to is not None:
+                save_tree(found, self.to)
+            return found
+        assert self.to is not None
+        for name, group in found.children.items():
+            group.to_dataset().to_zarr(self.store, group=name, mode="a", consolidated=False, zarr_format=ZARR)
+        xr.Dataset(attrs=found.attrs).to_zarr(self.store, mode="a", consolidated=False, zarr_format=ZARR)
+        import zarr
+
+        zarr.consolidate_metadata(str(self.store), zarr_format=ZARR)
+        _put(self.store, self.to)
+        return xr.open_datatree(self.to, engine="zarr", chunks=None)
+
+    def _joined(self, dims: tuple[str, ...], values: list[np.ndarray]) -> np.ndarray:
+        return values[0] if len(values) == 1 else np.concatenate(values, dims.index(self.row))

@@ -299,6 +299,24 @@ class Feed:
             batch = replace(take(batch, rest, self.fields), index={**batch.index, **rest})
         return batch
 
+    def ahead(self, steps: int) -> tuple[Batch, dict[str, Tensor]]:
+        """Data of the next ``steps`` batches, without taking their rows where all rows are resident.
+
+        Returns:
+            The resident table, and by minibatched row dim the places of the batches' rows, (steps, rows); of
+            data that are not resident the next batch itself (``steps`` is 1 then), with its index.
+        """
+        if self._table is None:
+            batch = self.next()
+            return batch, {row: places[None] for row, places in batch.index.items()}
+        sizes = {row: size for row in self.rows if (size := self.size_of(row)) is not None}
+        index: dict[str, Tensor] = {}
+        for row, size in sizes.items():
+            order, cursor = self.orders[row], self.cursors[row]
+            places = [self._places(row, order.next(size, cursor)) for _ in range(steps)]
+            index[row] = torch.as_tensor(np.stack(places), device=self.device)
+        return self._table, index
+
     def _places(self, row: str, pieces: list[tuple[tuple[int, int], np.ndarray]]) -> np.ndarray:
         return np.concatenate([self.orders[row].group(*key)[places] for key, places in pieces])
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
+from torch.distributions.transforms import _InverseTransform
 
 from scivi.errors import TemplateError, listed
 from scivi.inputs.batches import Batch
@@ -35,6 +38,50 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+class _Typed(Messenger):
+    """Distributions of a model or guide in the dtype of its data.
+
+    A plain number, as in ``Normal(0.0, 1.0)``, becomes a tensor of torch's default dtype, and so would the
+    draws. A number of the prior has been rounded to that dtype by then: 6e-8 of it, if it is float32.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
+        msg["fn"] = _in_dtype(msg["fn"], self.dtype)
+
+
+def _in_dtype(found: Any, dtype: torch.dtype) -> Any:
+    """A distribution whose floating tensors have a dtype; the very same where they have it already."""
+    if isinstance(found, Tensor):
+        return found.to(dtype) if found.is_floating_point() else found
+    if type(found) in (list, tuple):
+        parts = [_in_dtype(part, dtype) for part in found]
+        return found if all(a is b for a, b in zip(parts, found, strict=True)) else type(found)(parts)
+    if not isinstance(found, Distribution | Transform) or isinstance(found, nn.Module):
+        return found  # a module's parameters are moved with the nets
+    if isinstance(found, _InverseTransform):
+        made = _in_dtype(found.inv, dtype)
+        return found if made is found.inv else made.inv
+    own = {name: value for name, value in vars(found).items() if name != "_inv"}  # a transform's inverse
+    other = {name: _in_dtype(value, dtype) for name, value in own.items()}
+    if all(value is own[name] for name, value in other.items()):
+        return found
+    # Constructors differ from family to family; what they leave in an instance does not.
+    made = object.__new__(type(found))
+    made.__dict__.update(other, **({"_inv": None} if isinstance(found, Transform) else {}))
+    return made
+
+
+def _typed(batch: Batch) -> Any:
+    """A context in which distributions have the dtype of a batch's data."""
+    dtype = next(iter(batch.values.values())).dtype
+    needed = dtype.is_floating_point and dtype != torch.get_default_dtype()
+    return _Typed(dtype) if needed else ExitStack()
 
 
 class Nets(nn.Module):
@@ -76,14 +123,16 @@ class Bound:
 
     def model(self, batch: Batch) -> None:
         """The template's generative story."""
-        self.template.model(batch, self.template.prior, self.nets.own)
+        with _typed(batch):
+            self.template.model(batch, self.template.prior, self.nets.own)
 
     def guide(self, batch: Batch) -> None:
         """The approximate posterior."""
-        if self.nets.guide is not None:
-            self.nets.guide(batch)
-        else:
-            self.template.guide(batch, self.template.prior, self.nets.own)
+        with _typed(batch):
+            if self.nets.guide is not None:
+                self.nets.guide(batch)
+            else:
+                self.template.guide(batch, self.template.prior, self.nets.own)
 
     def holding(self, parameters: Mapping[str, Tensor], run: Callable[[], _T]) -> _T:
         """Run a function with other values in place of the nets' parameters."""
@@ -136,7 +185,7 @@ def bind(template: Template, example: Batch, seed: int) -> Bound:
 def _prior_runs(template: Template, example: Batch, own: nn.Module | None) -> list[poutine.Trace]:
     n_runs = 1 if callable(template.guide) and not isinstance(template.guide, Family) else _PRIOR_RUNS
     runs = []
-    with torch.no_grad():
+    with torch.no_grad(), _typed(example):
         for _ in range(n_runs):
             runs.append(poutine.trace(template.model).get_trace(example, template.prior, own))
     return runs

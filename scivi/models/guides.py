@@ -176,9 +176,11 @@ class _Slot:
 class JointNormalGuide(nn.Module):
     """The module of ``JointNormal``.
 
-    It has ``loc`` (D,) and either ``tril`` (D, D) or ``factor`` (D, rank) and ``log_diag``.
+    It has ``loc`` and ``log_diag`` (D,), and ``factor``: (D, D) below the diagonal if D > 1, or (D, rank).
     Sites are slices of one auxiliary draw ``name``, carried to their supports.
     """
+
+    factor: Tensor
 
     def __init__(
         self,
@@ -195,9 +197,12 @@ class JointNormalGuide(nn.Module):
         self.loc = nn.Parameter(start.detach().clone())
         self.log_diag = nn.Parameter(torch.full_like(start, scale).log())
         shape = (start.numel(), start.numel() if rank is None else rank)
-        self.factor = nn.Parameter(
-            torch.zeros(shape, dtype=start.dtype) + (0.0 if rank is None else 1e-2 * scale)
-        )
+        factor = torch.zeros(shape, dtype=start.dtype) + (0.0 if rank is None else 1e-2 * scale)
+        if rank is None and start.numel() == 1:
+            # Nothing to correlate: a zero that is neither learnt nor saved.
+            self.register_buffer("factor", factor, persistent=False)
+        else:
+            self.factor = nn.Parameter(factor)
 
     @property
     def scale_tril(self) -> Tensor:

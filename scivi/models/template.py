@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -49,8 +49,13 @@ class Template:
 
     Raises:
         TemplateError: listing every fault.
+
+    Notes:
+        ``memo`` is where the engine keeps what it has compiled of this template, so that a second fit in the
+        same process does not compile again. It is no part of the value: a copy begins with none.
     """
 
+    memo: ClassVar[dict[Any, Any]]  # each template's own; as a class variable it is no field
     name: str
     fields: Mapping[str, Field]
     rows: str | tuple[str, ...]
@@ -77,6 +82,7 @@ class Template:
         ):
             object.__setattr__(self, name, MappingProxyType(dict(value)))
         object.__setattr__(self, "coords", MappingProxyType({k: tuple(v) for k, v in self.coords.items()}))
+        object.__setattr__(self, "memo", {})
         if faults := self._faults():
             raise TemplateError(listed(f'template "{self.name}" cannot be used:', faults))
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from scivi.errors import DataError, TemplateError, Unsupported
 from scivi.inference import draws as draws_module
-from scivi.inference.draws import draw, predict, simulate
+from scivi.inference.draws import draw, predict
 from scivi.inference.loop import fit
+from scivi.inference.simulate import simulate
 from scivi.inference.state import Fit, load, save
 from scivi.inputs.fields import Field
 from scivi.models.template import Template
@@ -208,6 +209,33 @@ def test_a_written_tree_is_read_back(exact, tmp_path, ending):
         assert found.attrs["provenance"] == tree.attrs["provenance"]
         assert found["posterior"].z.attrs["units"] == "mag"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_rows_written_as_they_come_are_those_held_in_memory(exact, tmp_path, monkeypatch):
+    monkeypatch.setattr(draws_module, "AT_ONCE", 40)  # four rows at a time
+    held = predict(exact, LABELLED, 10, seed=2)
+    path = tmp_path / "draws.zarr"
+    for _ in range(2):  # the second replaces the first
+        written = predict(exact, LABELLED, 10, seed=2, to=path)
+        for group in held.groups[1:]:
+            xr.testing.assert_identical(written[group].to_dataset().load(), held[group].to_dataset())
+    assert [p.name for p in tmp_path.iterdir()] == ["draws.zarr"]
+
+
+def test_a_drawing_that_fails_leaves_nothing_behind(exact, tmp_path, monkeypatch):
+    monkeypatch.setattr(draws_module, "AT_ONCE", 40)
+    real, calls = draws_module.reported, []
+
+    def fails_later(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:
+            raise MemoryError
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(draws_module, "reported", fails_later)
+    with pytest.raises(MemoryError):
+        draw(exact, LABELLED, 10, to=tmp_path / "draws.zarr")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_refining_mends_rows_that_the_guide_serves_badly_and_measures_the_gap():

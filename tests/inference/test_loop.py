@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from scivi.errors import FitError, PlanError
+from scivi.inference.draws import draw, predict
 from scivi.inference.loop import fit, train
 from scivi.inference.plan import Plateau
 from scivi.inputs.fields import Field
@@ -228,3 +229,36 @@ def test_what_the_user_gave_is_left_as_it_was():
     fit(given, data, plan(steps=20, log_every=10, rows_per_batch=4), progress=False)
     np.testing.assert_array_equal(data["y"], before)
     assert given == replace(given)
+
+
+class Coder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder, self.encoder = nn.Linear(1, 1), nn.Linear(1, 2)
+
+
+def coded_model(batch, prior, nets):
+    with batch.plate("row"):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        batch.observe("y", dist.Normal(nets.decoder(z.unsqueeze(-1)).squeeze(-1), 0.5))
+
+
+def coded_guide(batch, prior, nets):
+    with batch.plate("row"):
+        loc, log_scale = nets.encoder(batch.y.unsqueeze(-1)).unbind(-1)
+        pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+
+@pytest.mark.parametrize("estimator", ["auto", "trace", "analytic", "stl", "iwae"])
+def test_a_model_of_plain_numbers_is_fitted_in_double(estimator):
+    template = Template(
+        name="coded", fields={"y": Field(("row",), "observed")}, rows="row", model=coded_model,
+        guide=coded_guide, nets=lambda sizes, prior: Coder(), dims={"z": ("row",)},
+    )  # fmt: skip
+    done = fit(
+        template, rows(12), plan(steps=20, log_every=10, estimator=estimator, particles=2), progress=False
+    )
+    assert {p.dtype for p in done.nets.parameters()} == {torch.float64}
+    drawn = draw(done, rows(12), draws=4, seed=0)
+    assert drawn["posterior"]["z"].dtype == np.float64
+    assert predict(done, rows(12), draws=4, seed=0)["posterior_predictive"]["y"].dtype == np.float64

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyro
@@ -9,17 +11,21 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from arviz_stats.base.array import array_stats
+from arviz_stats.base import array
+from scipy.stats import norm
 from torch import nn
 
 import scivi
 from domains.astrophysics import photons
 from scivi.errors import FitError, PlanError, TemplateError, Unsupported
-from scivi.inference.draws import simulate
 from scivi.inference.nuts import nuts
+from scivi.inference.simulate import simulate
 from scivi.models.guides import JointNormal
 
 PRIOR_SD, NOISE = 3.0, 2.0
+array_stats: Any = (
+    array.array_stats
+)  # its functions are annotated as giving several arrays; of one they give one
 
 
 def level_model(batch, prior, nets):
@@ -55,9 +61,13 @@ def misses(values: np.ndarray, mean: float, sd: float) -> tuple[float, float]:
     return of_mean, of_sd
 
 
-def test_a_conjugate_posterior_is_met_within_its_monte_carlo_error():
+@pytest.mark.parametrize("backend", ["nutpie", "pyro"])
+def test_a_conjugate_posterior_is_met_within_its_monte_carlo_error(backend):
     data = table()
-    found = nuts(LEVEL, data, draws=500, warmup=150, chains=2, seed=1, progress=False)
+    found: Any = nuts(LEVEL, data, draws=500, warmup=150, chains=2, seed=1, backend=backend, progress=False)
+    made = json.loads(found.attrs["provenance"])
+    assert made["backend"] == backend
+    assert made["sampler"]["gradients"] > found["sample_stats"]["n_steps"].sum()  # the warm-up took some too
     mean, sd = exact_level(data.y.values)
     level = found["posterior"]["level"]
     assert level.dims == ("chain", "draw")
@@ -65,7 +75,7 @@ def test_a_conjugate_posterior_is_met_within_its_monte_carlo_error():
     assert level.attrs["units"] == "m"
     assert np.abs(misses(level.values, mean, sd)).max() < 4  # z scores: 4 sd, 1 in 15 000 by chance
     assert float(array_stats.rhat(level.values)) < 1.02
-    joint = dist.Normal(0.0, PRIOR_SD).log_prob(torch.tensor(level.values)).numpy()
+    joint = norm.logpdf(level.values, 0.0, PRIOR_SD)
     likelihood = found["log_likelihood"]["y"]
     assert likelihood.dims == ("chain", "draw", "row")
     np.testing.assert_allclose(found["sample_stats"]["lp"], joint + likelihood.sum("row"), rtol=1e-10)
@@ -77,12 +87,14 @@ def test_a_conjugate_posterior_is_met_within_its_monte_carlo_error():
     assert (stats.n_steps <= 2**stats.tree_depth).all()
 
 
-def test_same_seed_same_bits_and_nothing_left_behind():
+@pytest.mark.parametrize("backend", ["nutpie", "pyro"])
+def test_same_seed_same_bits_and_nothing_left_behind(backend):
     before = torch.get_rng_state()
-    run = {"draws": 10, "warmup": 10, "chains": 2, "progress": False}
+    run = {"draws": 10, "warmup": 10, "chains": 2, "backend": backend, "progress": False}
     first, second = (nuts(LEVEL, table(), seed=3, **run) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     xr.testing.assert_identical(first["posterior"]["level"], second["posterior"]["level"])
+    xr.testing.assert_identical(first["sample_stats"].to_dataset(), second["sample_stats"].to_dataset())
     other = nuts(LEVEL, table(), seed=4, **run)
     chains = np.concatenate([first["posterior"]["level"], other["posterior"]["level"]])
     assert len(np.unique(chains[:, -1])) == 4  # chains of neighbouring seeds do not repeat each other
@@ -146,7 +158,7 @@ def quadrature_of_schools() -> tuple[float, float]:
 
 
 def test_eight_schools_has_the_dims_and_coords_of_the_table():
-    found = nuts(SCHOOLS, EIGHT, draws=150, warmup=120, chains=2, seed=0, progress=False)
+    found: Any = nuts(SCHOOLS, EIGHT, draws=150, warmup=120, chains=2, seed=0, progress=False)
     posterior = found["posterior"].to_dataset()
     assert set(posterior) == {"mu", "tau", "theta"}  # z is auxiliary
     assert posterior.theta.dims == ("chain", "draw", "school")
@@ -170,7 +182,7 @@ def test_photons_run_on_a_subset_of_rows_that_keeps_its_labels(tmp_path):
     data, _ = simulate(photons.template, {"source": 400}, seed=2)
     data = data.assign_coords(source=[f"J{i:03d}" for i in range(400)])
     path = tmp_path / "nuts.nc"
-    found = nuts(
+    found: Any = nuts(
         photons.template, data, rows=40, draws=20, warmup=30, chains=1, seed=0, progress=False, to=path
     )
     taken = [f"J{i:03d}" for i in np.linspace(0, 399, 40).round().astype(int)]
@@ -213,9 +225,9 @@ def test_learnt_networks_are_held_fixed_at_those_of_a_fit():
         TemplateError, match=r'contains learnt networks \("own.weight", "own.bias"\).*pass given=fit'
     ):
         nuts(LEARNT, table(), progress=False)
-    fit = scivi.fit(LEARNT, table(), scivi.Plan(steps=5, rows_per_batch=None), progress=False)
+    fit: Any = scivi.fit(LEARNT, table(), scivi.Plan(steps=5, rows_per_batch=None), progress=False)
     before = {k: v.clone() for k, v in fit.nets.state_dict().items()}
-    found = nuts(LEARNT, table(), given=fit, draws=300, warmup=150, chains=1, progress=False)
+    found: Any = nuts(LEARNT, table(), given=fit, draws=300, warmup=150, chains=1, progress=False)
     assert json.loads(found.attrs["provenance"])["held_fixed"] == ["own.weight", "own.bias"]
     assert all(
         torch.equal(v, before[k]) and v.dtype == torch.float32 for k, v in fit.nets.state_dict().items()
@@ -229,9 +241,11 @@ def test_learnt_networks_are_held_fixed_at_those_of_a_fit():
 def test_a_fit_gives_chains_their_start_also_on_a_subset():
     template = replace(SCHOOLS, guide=JointNormal())
     fit = scivi.fit(template, EIGHT, scivi.Plan(steps=20, rows_per_batch=None), progress=False)
-    run = {"draws": 3, "warmup": 3, "chains": 1, "progress": False}
-    found = nuts(template, EIGHT, given=fit, rows=3, **run)
+    run = {"draws": 3, "chains": 1, "progress": False}
+    found: Any = nuts(template, EIGHT, given=fit, rows=3, **run)
     assert found["posterior"].school.values.tolist() == [NAMES[0], NAMES[4], NAMES[7]]
+    shorter = json.loads(found.attrs["provenance"])["plan"]
+    assert shorter == {"draws": 3, "warmup": 200, "chains": 1}  # 500 without a fit
     with pytest.raises(Unsupported, match="one factor for each row"):
         nuts(template, EIGHT.assign(effect=EIGHT.effect + 1), given=fit, **run)
     with pytest.raises(TemplateError, match='given is a fit of "eight schools"; this is "level"'):
@@ -250,7 +264,7 @@ def test_discrete_latents_are_summed_and_then_drawn():
         LEVEL, name="mixture", model=mixture_model, dims={"shift": (), "kind": ("row",)}, units={}
     )
     y = xr.Dataset({"y": ("row", [0.1, -0.2, 6.3, 0.3, 5.8])})
-    found = nuts(template, y, draws=60, warmup=60, chains=1, progress=False)
+    found: Any = nuts(template, y, draws=60, warmup=60, chains=1, progress=False)
     kind = found["posterior"]["kind"]
     assert kind.dims == ("chain", "draw", "row")
     np.testing.assert_allclose(kind.mean(("chain", "draw")), [0, 0, 1, 0, 1], atol=0.05)  # six sd apart
@@ -274,9 +288,18 @@ def impossible_model(batch, prior, nets):
 
 
 def test_what_cannot_be_run_is_refused_in_words():
-    with pytest.raises(Unsupported, match='backend = "nutpie" is not offered; "pyro" is'):
-        nuts(LEVEL, table(), backend="nutpie")
+    with pytest.raises(Unsupported, match="backend = \"stan\" is not offered; 'auto', 'nutpie', 'pyro' are"):
+        nuts(LEVEL, table(), backend="stan")
     with pytest.raises(PlanError, match=r"draws = 0; it must be a whole number(.|\n)*rows = 0;"):
         nuts(LEVEL, table(), draws=0, rows=0)
     with pytest.raises(FitError, match='no point at which the density of "impossible" is finite'):
         nuts(replace(LEVEL, name="impossible", model=impossible_model), table(), progress=False)
+
+
+def test_without_nutpie_pyro_samples_and_who_asks_for_nutpie_is_told_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nutpie", None)
+    with pytest.raises(Unsupported, match=r'"nutpie" is not installed.*scivi\[nuts\]'):
+        nuts(LEVEL, table(), backend="nutpie")
+    for backend in (None, "auto"):
+        found: Any = nuts(LEVEL, table(), draws=2, warmup=2, chains=1, backend=backend, progress=False)
+        assert json.loads(found.attrs["provenance"])["backend"] == "pyro"

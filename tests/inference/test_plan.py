@@ -37,7 +37,7 @@ def test_every_unusable_value_is_told_at_once():
         ({"lr": float("nan")}, "lr = nan; it must be a number above 0"),
         ({"estimator": "iwae"}, '"iwae" needs particles >= 2'),
         ({"stop": 3}, "stop = 3; it must be a Plateau or None"),
-        ({"compile": "on"}, "compile = 'on'"),
+        ({"compile": "fast"}, "compile = 'fast'"),
     ],
 )
 def test_an_unusable_value_is_told(values, words):

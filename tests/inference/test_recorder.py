@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from scivi.inference import loop
 from scivi.inference.loop import fit
 from scivi.inference.recorder import Guarded, JsonLines, Recorder
+from scivi.inference.state import save_state
 from tests.inference.conjugate import plan, rows, shared
 
 
@@ -38,6 +41,39 @@ def test_every_entry_of_the_history_is_recorded(tmp_path):
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert [e["step"] for e in entries] == [10, 20, 30, 40, 50, 55]
     assert [e["objective"] for e in entries] == done.history.objective.values.tolist()
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_and_resumed_fit_leaves_the_lines_of_an_unstopped_one(tmp_path, monkeypatch):
+    knobs = {"record": tmp_path / "history.jsonl", "checkpoint": tmp_path / "ckpt", "progress": False}
+    whole = plan(steps=60, log_every=10, estimator="trace")
+    done = fit(shared, rows(8), whole, **{**knobs, "checkpoint": None})
+    unstopped = [json.loads(line) for line in knobs["record"].read_text().splitlines()]
+    knobs["record"].unlink()
+
+    class Dying(JsonLines):
+        def write(self, entry) -> None:
+            super().write(entry)
+            if entry["step"] == 40:
+                self._file.write('{"step": 50, "obj')  # and what was being written
+                raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "JsonLines", Dying)
+        patch.setattr(loop, "save_state", lambda s, *rest: save_state(s, *rest) if s.step <= 20 else None)
+        with pytest.raises(Killed):
+            fit(shared, rows(8), replace(whole, save_every_s=1e-9), **knobs)
+    assert len(knobs["record"].read_text().splitlines()) == 5
+    again = fit(shared, rows(8), whole, **knobs, resume=True)
+    entries = [json.loads(line) for line in knobs["record"].read_text().splitlines()]
+    assert [e["step"] for e in entries] == [10, 20, 30, 40, 50, 60]
+    for one, other in zip(entries, unstopped, strict=True):
+        assert one | {"wall_s": 0} == other | {"wall_s": 0}
+    assert [e["objective"] for e in entries] == done.history.objective.values.tolist()
+    assert [e["wall_s"] for e in entries] == again.history.wall_s.values.tolist()
 
 
 def test_a_recorder_that_fails_ends_the_recording_with_one_warning_and_not_the_fit():

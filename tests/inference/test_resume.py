@@ -17,7 +17,8 @@ from scivi.errors import CheckpointError
 from scivi.inference.loop import begin, fit, open_data, train
 from scivi.inference.plan import Plateau
 from scivi.inference.state import load_state, save_state
-from tests.inference.conjugate import OFF, hierarchy, plan, rows
+from tests.inference.conjugate import OFF, hierarchy, plan, rows, shared
+from tests.inference.test_loop import Place, place_guide
 
 schools = replace(hierarchy(), guide=None, nets=None)
 DATA = rows(40)
@@ -94,6 +95,45 @@ def test_resume_of_a_fit_that_had_diverged_keeps_its_restarts(tmp_path):
     load_state(other, tmp_path / "ckpt", {})
     assert (other.restarts, other.lr_factor, other.step) == (state.restarts, 0.5, 30)
     same(run_to_end(schools, whole, other), run_to_end(schools, whole, state))
+
+
+@pytest.mark.parametrize("until", [60, 70, 72, 73])
+def test_a_divergence_after_a_resume_goes_back_as_far_as_without(until, tmp_path):
+    """Descent that diverges (test_loop says why), stopped at the end and in the middle of a window."""
+    template = replace(shared, guide=place_guide, nets=lambda sizes, prior: Place())
+    whole = plan(
+        steps=200, log_every=10, estimator="trace", optimiser="sgd", schedule="constant", lr=1.5, clip=None,
+        dtype="float32",
+    )  # fmt: skip
+    unstopped = run_to_end(template, whole)
+    assert [r["step"] for r in unstopped.restarts] == [74]
+    halting, source = replace(whole, save_every_s=1e-9), open_data(template, DATA)
+    stopped = run_to_end(template, halting, None, until)
+    save_state(stopped, tmp_path / "ckpt", {})
+    resumed = begin(template, source, whole)
+    load_state(resumed, tmp_path / "ckpt", {})
+    same(run_to_end(template, whole, resumed), unstopped)
+    assert resumed.restarts == unstopped.restarts
+
+
+def test_a_signal_holds_though_the_window_it_fell_in_diverged(monkeypatch):
+    template = replace(shared, guide=place_guide, nets=lambda sizes, prior: Place())
+    whole = plan(
+        steps=200, log_every=10, estimator="trace", optimiser="sgd", schedule="constant", lr=1.5, clip=None,
+        dtype="float32",
+    )  # fmt: skip
+
+    state = begin(template, open_data(template, DATA), whole)
+    following = state.feed.next
+
+    def signalled():
+        if state.step == 76:  # two steps after the one that diverges
+            state.stopped = "signal"
+        return following()
+
+    monkeypatch.setattr(state.feed, "next", signalled)
+    run_to_end(template, whole, state)
+    assert (state.stopped, state.step, [r["step"] for r in state.restarts]) == ("signal", 70, [74])
 
 
 def result(folder: Path) -> dict:

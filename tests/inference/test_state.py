@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -156,6 +158,34 @@ def test_a_file_is_put_in_place_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write_atomically(path, [b"not", b"bytes"])  # type: ignore[arg-type]
     assert path.read_bytes() == b"old"
+
+
+def ended_process() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_of_that_file(tmp_path):
+    gone = ended_process()
+    for name in (f".file.{gone}.part", f".other.{gone}.part", ".file.1.part", ".file.mine.part"):
+        (tmp_path / name).write_bytes(b"half")
+    write_atomically(tmp_path / "file", b"new")
+    # process 1 runs, and a name of another form is not ours
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "file", f".other.{gone}.part", ".file.1.part", ".file.mine.part"
+    }  # fmt: skip
+
+
+def test_a_saved_fit_has_no_unfinished_files_and_never_reads_one(fitted, tmp_path):
+    save(fitted, tmp_path)
+    gone = ended_process()
+    for name in ("tensors-0123456789abcdef.safetensors", "fit.json", "history.nc"):
+        (tmp_path / f".{name}.{gone}.part").write_bytes(b"half")
+    again = load(tmp_path)
+    xr.testing.assert_identical(again.history, fitted.history)
+    save(fitted, tmp_path)
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_a_fit_says_what_it_is(fitted):

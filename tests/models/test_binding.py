@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from scipy import stats
 from torch import nn
 
 from scivi.errors import TemplateError
@@ -183,3 +185,96 @@ def test_the_process_stream_is_put_back():
     with seeded(99):
         torch.rand(5)
     assert torch.equal(torch.rand(1), first)
+
+
+class Coder(nn.Module):
+    """A decoder of the model and an encoder of the guide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder, self.encoder = nn.Linear(1, 1), nn.Linear(1, 2)
+
+
+def plain_model(batch, prior, nets) -> None:
+    """Every number of the prior is plain, and every draw goes through a net or a matrix."""
+    width = pyro.sample("width", dist.LogNormal(0.0, 0.5))
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with batch.plate("row"):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        on = pyro.sample("on", dist.Bernoulli(0.5)) if batch.predicting else 0.0
+        middle = nets.decoder(z.unsqueeze(-1)).squeeze(-1) + slope @ weights + on
+        batch.observe("y", dist.Normal(middle, width))
+
+
+def plain_guide(batch, prior, nets) -> None:
+    pyro.sample("width", dist.LogNormal(0.0, 0.1))
+    pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+    pyro.sample("slope", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with batch.plate("row"):
+        loc, log_scale = nets.encoder(batch.y.unsqueeze(-1)).unbind(-1)
+        pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+
+PLAIN_DIMS = {"width": (), "weights": ("part",), "slope": ("part",), "z": ("row",)}
+plain = replace(template, model=plain_model, guide=plain_guide, nets=lambda s, p: Coder(), dims=PLAIN_DIMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", [plain_guide, None])
+def test_plain_numbers_in_a_model_have_the_type_of_the_data(family, dtype):
+    batch = batch_of(5, dtype=dtype)
+    bound = bind(replace(plain, guide=family), batch, seed=0)
+    with seeded(1):
+        guide = poutine.trace(bound.guide).get_trace(batch)
+        model = poutine.trace(poutine.replay(bound.model, trace=guide)).get_trace(batch)
+        free = poutine.trace(bound.model).get_trace(batch.predict())
+    for trace in (guide, model, free):
+        trace.compute_log_prob()
+        for name in (*PLAIN_DIMS, *(("y",) if trace is not guide else ())):
+            node = trace.nodes[name]
+            assert (node["value"].dtype, node["log_prob"].dtype) == (dtype, dtype), name
+    assert free.nodes["on"]["value"].dtype == dtype
+    z, width = (model.nodes[name]["value"].detach().double().numpy() for name in ("z", "width"))
+    eps = torch.finfo(dtype).eps
+    found = [float(model.nodes[name]["log_prob"].sum().detach()) for name in ("z", "width")]
+    truth = [stats.norm.logpdf(z).sum(), stats.lognorm.logpdf(width, 0.5)]
+    np.testing.assert_allclose(found, truth, rtol=20 * eps)  # rounding of a sum of five
+
+
+def test_a_distribution_of_the_right_type_is_left_as_it_is():
+    fn = dist.Normal(torch.zeros(2).double(), torch.ones(2).double()).to_event(1)
+    bend = torch.distributions.transforms.ExpTransform()
+    given = dist.TransformedDistribution(fn, [bend])
+    seen = []
+
+    def kept(batch, prior, nets) -> None:
+        seen.append(pyro.sample("mu", given))
+        with batch.plate("row"):
+            batch.observe("y", dist.Normal(seen[-1].sum(), 1.0))
+
+    batch = batch_of(5, dtype=torch.float64)
+    bound = bind(replace(template, model=kept, dims={"mu": ("part",)}), batch, seed=0)
+    assert poutine.trace(bound.model).get_trace(batch).nodes["mu"]["fn"] is given
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_inverse_transform_keeps_its_way_back():
+    """An inverse holds its transform, which may hold the inverse: neither is lost, nor followed for ever."""
+    shift = torch.distributions.transforms.AffineTransform(torch.tensor(0.5), torch.tensor(2.0))
+
+    def turned(batch, prior, nets) -> None:
+        mu = pyro.sample("mu", dist.TransformedDistribution(dist.Normal(0.0, 1.0), [shift.inv]))
+        with batch.plate("row"):
+            batch.observe("y", dist.Normal(mu, 1.0))
+
+    batch = batch_of(5, dtype=torch.float64)
+    bound = bind(replace(template, model=turned, dims={"mu": ()}), batch, seed=0)
+    node = poutine.trace(bound.model).get_trace(batch).nodes["mu"]
+    found = node["fn"].log_prob(node["value"])
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(
+        stats.norm.logpdf(float(node["value"]), -0.25, 0.5), rel=1e-14
+    )  # eps
+    assert node["fn"].transforms[0].inv.loc.dtype == torch.float64
+    assert shift.loc.dtype == torch.float32

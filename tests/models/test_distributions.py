@@ -148,12 +148,45 @@ def test_a_missing_count_weighs_nothing_and_hurts_no_gradient():
     assert bool(torch.isfinite(slope).all())
 
 
+FAINT = [  # counts far above what source and background are expected to give, and some that are not
+    (n, rate, shape, inverse_scale)
+    for n in (50, 200, 1000)
+    for rate in (1e-6, 1e-2, 3.0, 1e3)
+    for shape in (0.5, 1.0, 4.0)
+    for inverse_scale in (1.0, 30.0, 3000.0)
+]
+
+
+def slope_by_convolution(n: int, rate: float, shape: float, inverse_scale: float) -> float:
+    """Derivative of log p(n) by the log of the rate: what of the source is expected in n, less the rate."""
+    k = np.arange(n + 1)
+    background = stats.nbinom.logpmf(k, shape, inverse_scale / (1 + inverse_scale))
+    weight = special.softmax(background + stats.poisson.logpmf(n - k, rate))
+    return float(weight @ (n - k)) - rate
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value_error", "slope_error"), [(torch.float32, 2e-6, 5e-4), (torch.float64, 1e-10, 1e-10)]
+)
+def test_counts_far_above_their_rate_have_the_background_they_need(dtype, value_error, slope_error):
+    n, rate, shape, inverse_scale = torch.tensor(FAINT, dtype=dtype).unbind(1)
+    log_rate = rate.log().requires_grad_(True)
+    found = PoissonOverBackground(log_rate.exp(), shape, inverse_scale).log_prob(n)
+    (slope,) = torch.autograd.grad(found.sum(), log_rate)
+    columns = (x.detach().double().tolist() for x in (log_rate.exp(), shape, inverse_scale))
+    cases = list(zip(map(int, n), *columns, strict=True))
+    truth, slopes = ([of(*case) for case in cases] for of in (by_convolution, slope_by_convolution))
+    np.testing.assert_allclose(found.detach(), truth, rtol=value_error)  # rounding of log(rate / n)
+    # the terms have the size n log(n / rate), of which float32 keeps 6e-8; a slope of 0 is a difference
+    np.testing.assert_allclose(slope, slopes, rtol=slope_error, atol=4e3 * torch.finfo(dtype).eps)
+
+
 def test_in_single_precision_bright_sources_keep_their_digits():
     for rate, n in ((1e3, 1000), (1e5, 100_300)):
         fn = PoissonOverBackground(torch.tensor(rate), torch.tensor(20.0), torch.tensor(5.0))
-        # log probabilities are differences of numbers of size n log n: float32 keeps 6e-8 of those
+        # what is left to float32 is n log(rate / n) + n - rate, with 6e-8 of n in each part
         assert float(fn.log_prob(torch.tensor(float(n)))) == pytest.approx(
-            by_convolution(n, rate, 20.0, 5.0), abs=4e-7 * n * np.log(n)
+            by_convolution(n, rate, 20.0, 5.0), abs=1e-6 + 1.2e-7 * n
         )
 
 

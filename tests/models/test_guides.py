@@ -196,6 +196,21 @@ def test_a_joint_normal_holds_the_mean_and_covariance_it_is_given():
     )  # the same
 
 
+def test_a_joint_normal_of_one_number_learns_no_correlation():
+    one = global_normal({"s": ((), constraints.positive)}, {"s": torch.tensor(2.0)}).double()
+    assert {n: tuple(p.shape) for n, p in one.named_parameters()} == {"loc": (1,), "log_diag": (1,)}
+    assert set(one.state_dict()) == {"loc", "log_diag"}
+    assert one.factor.dtype == torch.float64  # it moves with the module
+    covariance, loc = torch.tensor([[0.04]]).double(), random(1)
+    one.set(loc, covariance)
+    torch.testing.assert_close(one.distribution().covariance_matrix, covariance, rtol=EPS, atol=EPS)
+    one.distribution().log_prob(loc + 0.1).backward()
+    assert all(p.grad is not None for p in one.parameters())
+    low = global_normal({"s": ((), constraints.positive)}, {"s": torch.tensor(2.0)}, rank=1)
+    assert "factor" in dict(low.named_parameters())
+    assert "factor" in dict(globals_of().named_parameters())
+
+
 def test_a_low_rank_covariance_is_factor_plus_diagonal_and_cannot_be_set():
     module = globals_of(rank=1)
     with torch.no_grad():

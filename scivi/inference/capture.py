@@ -1,0 +1,122 @@
+"""A function of tensors becomes one flat graph of tensor operations, and that graph compiled code.
+
+``torch.compile`` follows Python bytecode and loses itself in Pyro's handlers. Here the function runs once and
+its tensor operations are written down as they happen (``make_fx``): what Python decided on the way, such as
+shapes, names and numbers, is fixed in the graph. Whatever may change from call to call must therefore be an
+argument; what a call decides by looking at a tensor's value cannot be captured and raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from scivi.errors import Unsupported
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+def captured(function: Function, examples: Sequence[Tensor], *, owned: Iterable[Tensor] = ()) -> GraphModule:
+    """The tensor operations of one call, as a graph with the examples as inputs.
+
+    Args:
+        function: of tensors, to tensors.
+        examples: its arguments; later ones must have the same shapes, dtypes and devices.
+        owned: tensors that change between calls. If the function reaches one otherwise than by an argument,
+            the graph would keep today's value, and is refused.
+
+    Raises:
+        Unsupported: the function looks at the value of a tensor to decide what to do, or reaches an owned
+            tensor behind the back of its arguments.
+    """
+    distinct = _distinct(examples)
+    try:
+        graph = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*distinct)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise Unsupported(f"it decides by the value of a tensor ({_first_line(error)})") from error
+    behind = {_place(t) for t in owned if t.numel()}
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr":
+            value = getattr(graph, str(node.target), None)
+            if isinstance(value, Tensor) and _place(value) in behind:
+                raise Unsupported("a parameter is used otherwise than through the template's nets")
+        if node.target is torch.ops.aten.detach.default:  # nothing is differentiated any more
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _distinct(examples: Sequence[Tensor]) -> list[Tensor]:
+    """The examples, none of which is another one: two that are the same tensor would become one input."""
+    seen: set[tuple[int, ...]] = set()
+    out = []
+    for example in examples:
+        place = _place(example)
+        out.append(example.clone() if place in seen else example)
+        seen.add(place)
+    return out
+
+
+def _place(tensor: Tensor) -> tuple[int, ...]:
+    return (tensor.data_ptr(), *tensor.shape)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def compiled(graph: GraphModule, examples: Sequence[Tensor]) -> tuple[Function, str]:
+    """The graph as machine code where there is a compiler, and how it now runs: "compiled" or "captured".
+
+    Random numbers are torch's own, in the same order as in the graph. Code is kept on disk by torch and found
+    again by the next process.
+    """
+    if examples[0].device.type == "cpu" and not has_compiler():
+        return graph, "captured"
+    with _quiet_compiler():
+        return _inductor(graph, examples), "compiled"
+
+
+def has_compiler() -> bool:
+    """Whether this machine can compile C++, as Inductor wants for a CPU."""
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+@contextmanager
+def _quiet_compiler() -> Any:
+    """Keep torch's remarks on its own code and choices from the user."""
+    loggers = [logging.getLogger(n) for n in ("torch._inductor", "torch._functorch", "torch._dynamo")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _inductor(graph: GraphModule, examples: Sequence[Tensor]) -> Function:
+    """Inductor without the tracing in front of it. Its entry is not yet public: only this line has it."""
+    import torch._inductor.config as config
+    from torch._inductor import standalone_compile
+    from torch._inductor.exc import InductorError
+
+    with config.patch(fallback_random=True):
+        try:
+            return standalone_compile(graph, list(examples), dynamic_shapes="from_example_inputs")
+        except InductorError as error:
+            raise Unsupported(f"the compiler failed ({_first_line(error)})") from error

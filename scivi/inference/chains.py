@@ -1,0 +1,183 @@
+"""Chains of the no-U-turn sampler on a density of one flat vector: nutpie's sampler, or Pyro's.
+
+Chains are run in turn. In threads they would wait for each other, since every leapfrog step calls Python; a
+process for each would import torch and Pyro (seconds) and could not be given a model that was defined in a
+notebook.
+
+References:
+    Hoffman and Gelman 2014, JMLR 15, 1593-1623 (the sampler); Seyboldt, Carlson and Carpenter 2026,
+    arXiv:2603.18845 (nutpie: a mass matrix from draws and gradients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pyro.infer import NUTS
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scivi.errors import Unsupported, missing_extra
+from scivi.inference.capture import Function
+from scivi.inference.potential import Potential
+
+BACKENDS = ("auto", "nutpie", "pyro")
+STATS = ("diverging", "acceptance_rate", "step_size", "n_steps", "tree_depth", "energy")
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a chain is: draws kept, and draws before them in which the sampler adapts."""
+
+    draws: int
+    warmup: int
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One chain.
+
+    Args:
+        path: its draws on the unbounded scale, (draw, n).
+        stats: what the sampler did at each, by name of ``STATS``, (draw,).
+        gradients: evaluations of density and gradient, warm-up included.
+    """
+
+    path: Tensor
+    stats: dict[str, np.ndarray]
+    gradients: int
+
+
+def chosen(backend: str | None) -> str:
+    """The backend that is asked for; the faster one that is installed if none is.
+
+    Raises:
+        Unsupported: there is no such backend, or it is not installed.
+    """
+    if backend not in (None, *BACKENDS):
+        raise Unsupported(f'backend = "{backend}" is not offered; {", ".join(map(repr, BACKENDS))} are.')
+    installed = find_spec("nutpie") is not None
+    if backend == "nutpie" and not installed:
+        raise missing_extra("nutpie", "nuts")
+    return "nutpie" if installed and backend != "pyro" else "pyro"
+
+
+def nutpie_chain(function: Function, first: Tensor, length: Length, seed: int, bar: tqdm) -> Chain:
+    """One chain by nutpie.
+
+    Args:
+        function: from a point (n,) to log density and gradient.
+        first: where it starts, (n,).
+        length: of the chain.
+        seed: of all that is random in it.
+        bar: told of every draw.
+    """
+    import nutpie
+    from nutpie.compiled_pyfunc import from_pyfunc
+
+    start, size, calls = first.numpy(), len(first), 0
+
+    def density(point: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal calls
+        calls += 1
+        value, gradient = function(torch.from_numpy(point))
+        return value.item(), gradient.numpy()
+
+    def kept(point: np.ndarray) -> dict[str, np.ndarray]:
+        bar.update()
+        return {"point": point.copy()}
+
+    model = from_pyfunc(
+        size,
+        lambda: density,
+        lambda *seeds_and_chain: kept,
+        [np.dtype(np.float64)],
+        [(size,)],
+        ["point"],
+        dims={"point": ("coordinate",)},  # nutpie crashes on a dim without a name
+        coords={"coordinate": np.arange(size)},
+        make_initial_point_fn=lambda _: start.copy(),
+    )
+    found: Any = nutpie.sample(
+        model,
+        draws=length.draws,
+        tune=length.warmup,
+        chains=1,
+        cores=1,
+        seed=seed,
+        save_warmup=False,
+        progress_bar=False,
+    )
+    path, told = np.asarray(found["posterior"]["point"])[0], found["sample_stats"]
+    if len(path) < length.draws:  # interrupted: nutpie keeps that to itself
+        raise KeyboardInterrupt
+    stats = {
+        name: np.asarray(told["mean_tree_accept" if name == "acceptance_rate" else name])[0]
+        for name in STATS
+        if name != "tree_depth"
+    }
+    stats["tree_depth"] = _depth(stats["n_steps"])
+    return Chain(torch.as_tensor(np.ascontiguousarray(path)), stats, calls)
+
+
+def _depth(n_steps: Any) -> Any:
+    """Doublings of a trajectory of so many steps; the last may not have been finished."""
+    return np.ceil(np.log2(np.asarray(n_steps) + 1))
+
+
+class _Kernel(NUTS):
+    """Pyro's sampler, which also tells the kinetic energy of a transition's momentum (Pyro 1.9 does not)."""
+
+    kinetic = 0.0
+
+    def _sample_r(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        momentum, unscaled = super()._sample_r(name)
+        self.kinetic = float(self._kinetic_energy(unscaled))
+        return momentum, unscaled
+
+
+class _Counted:
+    """A function, counting how often it is called."""
+
+    def __init__(self, function: Callable[[dict[str, Tensor]], Tensor]) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, z: dict[str, Tensor]) -> Tensor:
+        self.calls += 1
+        return self.function(z)
+
+
+def pyro_chain(density: Potential, first: Tensor, length: Length, bar: tqdm) -> Chain:
+    """One chain by Pyro; its randomness is torch's."""
+    energy = _Counted(density.energy)
+    kernel = _Kernel(potential_fn=energy)
+    point = kernel.initial_params = density.split(first)
+    kernel.setup(length.warmup)
+    path: list[Sequence[Tensor]] = []
+    stats: dict[str, list[float]] = {name: [] for name in STATS}
+    for k in range(length.warmup + length.draws):
+        before, calls, accepted = (
+            float(cast(Tensor, kernel._fetch_from_cache()[1])),
+            energy.calls,
+            kernel._mean_accept_prob,
+        )
+        point = kernel.sample(point)
+        bar.update()
+        if k < length.warmup:
+            continue
+        n, n_steps = k - length.warmup + 1, energy.calls - calls
+        rate = kernel._mean_accept_prob if n == 1 else accepted + n * (kernel._mean_accept_prob - accepted)
+        diverged = (n - 1) in kernel.diagnostics()["divergences"][-1:]
+        depth, total = _depth(n_steps), before + kernel.kinetic
+        for name, number in zip(
+            STATS, (diverged, rate, kernel.step_size, n_steps, depth, total), strict=True
+        ):
+            stats[name].append(number)
+        path.append([point[name].detach().reshape(-1) for name in density.shapes])
+    flat = torch.stack([torch.cat(list(parts)) for parts in path])
+    return Chain(flat, {name: np.array(numbers) for name, numbers in stats.items()}, energy.calls)

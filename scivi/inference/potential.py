@@ -1,0 +1,140 @@
+"""The log density of a bound model over its latents on the unbounded scale, as a function of one flat vector.
+
+    log p(x) = log p(data, T(x)) + log |det dT/dx|,    T the transforms to the latents' supports
+
+Discrete latents are summed. Float64 on the CPU, whatever the fit was made in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.infer.mcmc.util import initialize_model
+from torch import Tensor
+
+from scivi.errors import FitError, Unsupported
+from scivi.inference.capture import Function, captured, compiled
+from scivi.inputs.batches import Batch
+from scivi.models.binding import Bound
+
+OPERATION_S = (
+    3e-6  # one operation of a captured graph, measured on one core with tensors of 10 to 1000 entries
+)
+TRIES = 100  # random starting points (as in Pyro)
+COMPILING_S = 10.0  # seconds of such operations from which compiling pays (our choice: it takes 5 to 20)
+
+
+@dataclass(frozen=True)
+class Potential:
+    """Density and gradient of the latents that are not discrete.
+
+    Args:
+        shapes: of the latents on the unbounded scale, by name, in the order of the flat vector.
+        transforms: to the unbounded scale.
+        energy: minus the log density of latents by name.
+        first: a point at which it is finite, (n,).
+    """
+
+    shapes: Mapping[str, torch.Size]
+    transforms: Mapping[str, Any]
+    energy: Callable[[dict[str, Tensor]], Tensor]
+    first: Tensor
+
+    @property
+    def size(self) -> int:
+        """Entries of the flat vector."""
+        return len(self.first)
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Latents by name on the unbounded scale, from (..., n)."""
+        parts = flat.split([shape.numel() for shape in self.shapes.values()], -1)
+        named = zip(self.shapes.items(), parts, strict=True)
+        return {name: part.reshape((*flat.shape[:-1], *shape)) for (name, shape), part in named}
+
+    def values(self, flat: Tensor) -> dict[str, Tensor]:
+        """Latents by name on their supports, from (draw, n)."""
+        return {name: self.transforms[name].inv(z) for name, z in self.split(flat).items()}
+
+    def joined(self, named: Mapping[str, Tensor]) -> Tensor:
+        """One flat vector (n,) from latents by name on the unbounded scale."""
+        return torch.cat([named[name].detach().reshape(-1).double() for name in self.shapes])
+
+    def start(self, values: Mapping[str, Tensor] | None) -> Tensor:
+        """A point (n,) of finite density: the latents as given, others uniform in (-2, 2)."""
+        for _ in range(TRIES):
+            named = self.split(torch.empty_like(self.first).uniform_(-2, 2))
+            for name in named.keys() & (values or {}).keys():
+                named[name] = self.transforms[name]((values or {})[name])
+            point = self.joined(named)
+            if all(bool(torch.isfinite(found).all()) for found in self.density(point)):
+                return point
+            values = None
+        return self.first
+
+    def density(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density (), and its gradient (n,)."""
+        leaf = flat.detach().requires_grad_(True)
+        value = -self.energy(self.split(leaf))
+        (gradient,) = torch.autograd.grad(value, leaf)
+        return value.detach(), gradient
+
+
+def potential(bound: Bound, batch: Batch) -> Potential:
+    """The density of a bound model given all rows of a batch.
+
+    Raises:
+        FitError: no starting point in (-2, 2) has a finite density.
+        Unsupported: a discrete latent cannot be summed.
+    """
+    name = bound.template.name
+    try:
+        first, energy, transforms, _ = initialize_model(
+            bound.model, (batch,), max_plate_nesting=bound.nesting
+        )
+    except ValueError as error:
+        if "initial params" in str(error):
+            raise FitError(f'NUTS found no point at which the density of "{name}" is finite.') from None
+        if "discrete" in str(error):
+            left = [s.name for s in bound.sites if s.discrete]
+            raise Unsupported(
+                f'NUTS cannot sample "{name}": of the discrete latents {left} one has no finite support.'
+            ) from None
+        raise
+    shapes = {name: z.shape for name, z in first.items()}
+    flat = torch.cat([z.detach().reshape(-1).double() for z in first.values()])
+    return Potential(shapes, transforms, energy, flat)
+
+
+def fast(density: Potential, calls: int) -> tuple[Function, dict[str, Any]]:
+    """The density as a function of one flat vector, captured, and compiled where so many calls repay it.
+
+    Returns:
+        The function, to log density and gradient; and how it runs, for the provenance.
+    """
+    try:
+        graph = captured(lambda x: density.density(x), [density.first])  # methods are miscounted
+        seconds = calls * OPERATION_S * len(graph.graph.nodes)
+        if seconds < COMPILING_S:
+            return _same(graph, density), {"density": "captured"}
+        function, how = compiled(graph, [density.first])
+        return _same(function, density), {"density": how}
+    except Unsupported as refusal:
+        return density.density, {"density": "eager", "why": str(refusal)}
+
+
+def _same(function: Function, density: Potential) -> Function:
+    """The function, if it has the density's value and gradient at another point than it was captured at.
+
+    Raises:
+        Unsupported: it has not.
+    """
+    point = density.first * 0.9 + 0.01
+    for ours, theirs in zip(function(point), density.density(point), strict=True):
+        if not torch.allclose(
+            ours, theirs, rtol=1e-8, atol=1e-8, equal_nan=True
+        ):  # float64, thousands of terms
+            raise Unsupported("the captured density differs from the model's")
+    return function

@@ -1,0 +1,333 @@
+"""How steps are taken: one by one by torch's optimiser, or several at a time by one compiled function.
+
+The compiled function has the numbers of the eager step: it starts from the same parameters, draws the same
+random numbers and follows the formulas of the same optimiser, so that a fit may pass from one to the other at
+any step. It is compared with the eager step before it is trusted, and again while it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scivi.errors import FitError, Unsupported
+from scivi.inference.capture import captured, compiled
+from scivi.inference.flat import Flat
+from scivi.inference.objective import Objective
+from scivi.inference.plan import Plan
+from scivi.inference.state import State
+from scivi.inference.step import random_states, read_window, restore_random, update
+from scivi.inputs.batches import Batch, take
+from scivi.models.binding import seeded
+
+LONG_ENOUGH = 1000  # steps of a plan from which compiling (5 to 30 s, once on a machine) pays (our choice)
+MOST_OPERATIONS = 2000  # in one graph; compile time grows with them (our choice: some 20 s)
+MOST_STEPS = 10  # in one graph (our choice: by then a call's overhead is shared out)
+CHECK_EVERY = 500  # steps between two comparisons with the eager step (our choice: a few percent of the time)
+KEPT = 4  # compiled functions that a template keeps (our choice)
+CLOSE = {torch.float32: 1e-3, torch.float64: 1e-8}  # of objective and gradient norm, relative (our choice)
+
+
+class Stepper(Protocol):
+    """Takes steps of a fit."""
+
+    told: dict[str, Any]  # how, for the provenance
+
+    def take(self, state: State, most: int) -> None:
+        """Take at least one step and at most so many."""
+        ...
+
+    def settle(self, state: State) -> None:
+        """Bring the state up to date with the steps taken."""
+        ...
+
+
+def stepper_for(state: State, objective: Objective, plan: Plan) -> Stepper:
+    """The compiled step where the plan wants it and the pair can be captured, else the eager one."""
+    if plan.compile == "off":
+        return Eager(objective, plan)
+    if plan.compile == "auto" and plan.steps < LONG_ENOUGH:
+        return Eager(objective, plan, f"a plan of {plan.steps} steps does not repay compiling")
+    try:
+        return Compiled(state, objective, plan)
+    except Unsupported as refusal:
+        return Eager(objective, plan, str(refusal))
+
+
+class Eager:
+    """One step at a time, by torch's optimiser.
+
+    Args:
+        objective, plan: of the fit.
+        why: why it is not compiled, if that was wanted.
+    """
+
+    def __init__(self, objective: Objective, plan: Plan, why: str = "") -> None:
+        self.objective, self.plan = objective, plan
+        self.told: dict[str, Any] = {"steps": "eager"} | ({"why": why} if why else {})
+
+    def take(self, state: State, most: int) -> None:
+        """Take one step."""
+        update(state, self.objective, self.plan)
+
+    def settle(self, state: State) -> None:
+        """Every step leaves the state up to date."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the arguments of a compiled function are: it can be called with others of the same form.
+
+    Args:
+        like: a batch, or the resident table, whose fields and masks are arguments.
+        index: the row dims of which places are an argument, and how many for each step.
+    """
+
+    like: Batch
+    index: tuple[tuple[str, int], ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for forms that one function can serve."""
+        shapes = {**self.like.values, **self.like.observed_mask}
+        return (
+            *((name, tuple(t.shape)) for name, t in shapes.items()),
+            *self.like.observed_mask,
+            *self.index,
+        )
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A function that takes steps.
+
+    Args:
+        function: of flat tensors, window, numbers and data, to flat tensors and window.
+        how: "compiled" or "captured".
+        at_once: steps that a call takes.
+        form: key of the data's form.
+    """
+
+    function: Callable[..., Sequence[Tensor]]
+    how: str
+    at_once: int
+    form: tuple[Any, ...]
+
+
+class Compiled:
+    """Steps as one compiled function of flat tensors; rows of resident data are taken inside.
+
+    Args:
+        state: of the fit, before the next step; left as it is.
+        objective, plan: of the fit.
+
+    Raises:
+        Unsupported: the pair cannot be captured, or the compiled steps differ from the eager ones.
+    """
+
+    def __init__(self, state: State, objective: Objective, plan: Plan) -> None:
+        self.objective, self.plan, self.feed = objective, plan, state.feed
+        self.eager, self.flat = Eager(objective, plan), Flat(state)
+        self.own: list[Tensor] | None = None  # the flat tensors, while they are ahead of the state
+        self.window = torch.zeros(())
+        self.names = self._names(state)
+        begun = time.perf_counter()
+        self._build(state)
+        self.checked = state.step
+        seconds = round(time.perf_counter() - begun, 2)
+        self.told = {"steps": self.ready.how, "at_once": self.ready.at_once, "compile_s": seconds}
+
+    def _names(self, state: State) -> list[str]:
+        """What the window takes in at each step."""
+        before = state.pack()  # a run may change buffers
+        with seeded(0, self.flat.device), torch.no_grad():
+            parts = self.objective.evaluate(self.objective.bound.example).parts
+        state.unpack(*before)
+        return ["objective", "square", "grad_norm", *(f"part_{name}" for name in parts), "n"]
+
+    def _build(self, state: State) -> None:
+        """Have a function for the present size of batch: the template's, if it serves, or a new one."""
+        memo, key = state.bound.template.memo, self._key(state)
+        if key in memo:
+            self.ready = memo[key]
+            if not self._differences(state):
+                return
+        memo.pop(key, None)
+        self.ready = self._compile(state)
+        if found := self._differences(state):
+            raise Unsupported(f"the compiled steps differ from the eager ones: {'; '.join(found)}")
+        memo[key] = self.ready
+        while len(memo) > KEPT:
+            del memo[next(iter(memo))]
+
+    def _key(self, state: State) -> tuple[Any, ...]:
+        """All that a graph fixes and that may differ between fits of one template."""
+        cursor = self.feed.state()
+        form, _ = self._data(1)
+        self.feed.restore(cursor)
+        batch = (*form.key, *sorted(form.like.sizes.items()), self.feed.resident)
+        knobs = ("particles", "nodes", "clip", "optimiser", "dtype", "device", "log_every")
+        plan = tuple(getattr(self.plan, name) for name in knobs)
+        parameters = (*self.flat.names, *self.flat.shapes, *self.flat.buffers)
+        return (batch, plan, parameters, self.objective.estimator, self.objective.layout)
+
+    def _compile(self, state: State) -> Ready:
+        """Capture and compile."""
+        owned, at_once = list(state.bound.nets.parameters()), 1
+        random = random_states(self.flat.device)  # a capture is a run, which draws
+        while True:  # the first graph tells how large one step is
+            form, arguments = self._peek(state, at_once)
+            graph = captured(self._function(form, at_once), arguments, owned=owned)
+            more = _steps_at_once(len(graph.graph.nodes), self.plan.log_every) if self.feed.resident else 1
+            if at_once > 1 or more == 1:
+                break
+            at_once = more
+        function, how = compiled(graph, arguments)
+        restore_random(random)
+        return Ready(function, how, at_once, form.key)
+
+    def _peek(self, state: State, steps: int) -> tuple[Form, list[Tensor]]:
+        """The arguments for the next steps; the feed stays where it is."""
+        cursor = self.feed.state()
+        own = self.flat.read(state)
+        form, data = self._data(steps)
+        self.feed.restore(cursor)
+        window = torch.zeros(len(self.names), dtype=torch.float64, device=self.flat.device)
+        return form, [*own, window, self._numbers(state, steps), *data]
+
+    def _data(self, steps: int) -> tuple[Form, list[Tensor]]:
+        """Data of the next steps; the feed moves on."""
+        like, index = self.feed.ahead(steps)
+        rows = tuple((row, places.shape[1]) for row, places in index.items())
+        return Form(like, rows), [*like.values.values(), *like.observed_mask.values(), *index.values()]
+
+    def _numbers(self, state: State, steps: int) -> Tensor:
+        """Step length, Adam's root and KL weight of the next steps, (steps, 3)."""
+        rows = []
+        for step in range(state.step, state.step + steps):
+            lr = state.lr_factor * self.plan.lr_at(step, state.decay_from, state.decay_steps)
+            rows.append((*self.flat.corrections(lr, step), self.plan.beta_at(step)))
+        return torch.tensor(rows, dtype=torch.float64, device=self.flat.device)
+
+    def _function(self, form: Form, steps: int) -> Callable[..., Sequence[Tensor]]:
+        """So many steps as a function of tensors alone."""
+        like, n_own = form.like, self.flat.n_flat + len(self.flat.buffers)
+        n_values, n_masks = len(like.values), len(like.observed_mask)
+
+        def function(*arguments: Tensor) -> tuple[Tensor, ...]:
+            own, (window, numbers, *data) = list(arguments[:n_own]), arguments[n_own:]
+            values = dict(zip(like.values, data[:n_values], strict=True))
+            masks = dict(zip(like.observed_mask, data[n_values : n_values + n_masks], strict=True))
+            places = dict(zip([row for row, _ in form.index], data[n_values + n_masks :], strict=True))
+            table = replace(like, values=values, observed_mask=masks)
+            for k in range(steps):
+                index = {row: of[k] for row, of in places.items()}
+                batch = take(table, index, self.feed.fields) if self.feed.resident and index else table
+                own, told = self._step(replace(batch, index=index), own, numbers[k])
+                window = window + told
+            return (*own, window)
+
+        return function
+
+    def _step(self, batch: Batch, own: list[Tensor], numbers: Tensor) -> tuple[list[Tensor], Tensor]:
+        """One step: the new flat tensors, and what the window takes in."""
+        length, root, beta = numbers.unbind()
+        flat, buffers = self.flat, [b.clone() for b in own[self.flat.n_flat :]]
+        leaf = own[0].detach().requires_grad_(True)
+        bound = self.objective.bound
+        value = bound.holding(
+            flat.held(leaf, buffers), lambda: self.objective.evaluate(batch, beta.to(flat.dtype))
+        )
+        (gradient,) = torch.autograd.grad(value.loss, leaf)
+        norm = gradient.norm()
+        if self.plan.clip is not None:  # as torch's clip_grad_norm_
+            gradient = gradient * (self.plan.clip / (norm + 1e-6)).clamp(max=1.0)
+        objective = value.objective
+        entries = [objective, objective.square(), norm, *value.parts.values(), torch.ones_like(objective)]
+        told = torch.stack([e.detach().double().reshape(()) for e in entries])
+        return [*flat.moved(own, gradient, length, root), *buffers], told
+
+    def take(self, state: State, most: int) -> None:
+        """Take as many steps as the function has; one eager one where that is too many."""
+        if most < self.ready.at_once or state.step % self.ready.at_once:
+            self.settle(state)
+            self.eager.take(state, most)
+            return
+        if state.step - self.checked >= CHECK_EVERY:
+            self._check(state)
+        self._run(state)
+
+    def _run(self, state: State) -> None:
+        cursor = self.feed.state()
+        form, data = self._data(self.ready.at_once)
+        if form.key != self.ready.form:  # another size of batch, or other fields with missing entries
+            self.feed.restore(cursor)
+            self.settle(state)
+            self._build(state)
+            form, data = self._data(self.ready.at_once)
+        if self.own is None:
+            self.own = self.flat.read(state)
+            self.window = torch.zeros(len(self.names), dtype=torch.float64, device=self.flat.device)
+            if state.window:
+                self.window = torch.stack([state.window[name] for name in self.names])
+        numbers = self._numbers(state, self.ready.at_once)
+        *self.own, self.window = self.ready.function(*self.own, self.window, numbers, *data)
+        state.step += self.ready.at_once
+
+    def settle(self, state: State) -> None:
+        """Copy what the function changed back into modules, optimiser and window."""
+        if self.own is not None:
+            self.flat.write(self.own, state)
+            state.window = dict(zip(self.names, self.window.unbind(), strict=True))
+            self.own = None
+
+    def _check(self, state: State) -> None:
+        self.settle(state)
+        if found := self._differences(state):
+            raise FitError(
+                f"at step {state.step} the compiled steps differ from the eager ones: {'; '.join(found)}. "
+                f"Something other than batch, prior and nets has changed since the fit began, which a "
+                f'compiled step does not see. Make it a field or a prior, or use Plan(compile="off").',
+                step=state.step,
+                state=state,
+            )
+        self.checked = state.step
+
+    def _differences(self, state: State) -> list[str]:
+        """How the next steps differ when they are taken in both ways from here; the state stays as it is."""
+        (eager, eager_buffers), (ours, our_buffers) = self._trial(state, True), self._trial(state, False)
+        close = CLOSE[self.flat.dtype]
+        found = [
+            f"{name} {eager[name]:.8g} against {ours[name]:.8g}"
+            for name in ("objective", "grad_norm")
+            if not abs(eager[name] - ours[name]) <= close * (1 + abs(eager[name]))
+        ]
+        pairs = zip(eager_buffers, our_buffers, strict=True)
+        return found + ["a buffer of the nets" for a, b in pairs if not torch.allclose(a, b, rtol=close)][:1]
+
+    def _trial(self, state: State, eagerly: bool) -> tuple[dict[str, float], list[Tensor]]:
+        """The next steps' numbers and the buffers after them; state and random stream are put back."""
+        tensors, plain = state.pack()
+        random = random_states(self.flat.device)
+        state.window = {}
+        if eagerly:
+            for _ in range(self.ready.at_once):
+                update(state, self.objective, self.plan)
+        else:
+            self._run(state)
+            self.settle(state)
+        found = read_window(state.window), [b.clone() for b in state.bound.nets.buffers()]
+        state.unpack(tensors, plain)
+        restore_random(random)
+        return found
+
+
+def _steps_at_once(operations: int, log_every: int) -> int:
+    """How many steps go into one graph: a divisor of ``log_every``, so that entries end with a call."""
+    most = min(MOST_STEPS, max(1, MOST_OPERATIONS // operations))
+    return max(k for k in range(1, most + 1) if log_every % k == 0)

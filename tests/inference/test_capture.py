@@ -1,0 +1,213 @@
+"""A compiled step against the eager one, and that against Pyro: 100 optimiser steps in float64.
+
+Rounding alone separates them: 1e-12 in the loss and 1e-10 in the parameters, which are of order one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
+from torch import nn
+
+from scivi.inference import capture, stepper
+from scivi.inference.loop import begin, open_data, train
+from scivi.models.guides import JointNormal, MeanField, conditional_flow, flow_distribution
+from scivi.models.networks import perceptron
+from tests.inference.conjugate import OFF, hierarchy, plan, rows, shared, shared_model
+from tests.inference.test_objective import mixture, positive_model, responsible, switch
+
+STEPS = 100
+
+
+class Heads(nn.Module):
+    def __init__(self, *, normalised: bool = False, flow: bool = False) -> None:
+        super().__init__()
+        layers = [nn.BatchNorm1d(1), nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 2)]
+        self.net = nn.Sequential(*layers) if normalised else perceptron(1, 2, (8,))
+        self.flow = conditional_flow(2, 1) if flow else None
+
+
+def local_model(batch, prior, nets):
+    with batch.plate("row"):
+        z = pyro.sample("z", dist.Normal(batch.y.new_zeros(()), 0.8))
+        batch.observe("y", dist.Normal(z, 0.6))
+
+
+def encoder_guide(batch, prior, nets):
+    loc, log_sd = nets.net(batch.y.unsqueeze(-1)).unbind(-1)
+    with batch.plate("row"):
+        pyro.sample("z", dist.Normal(loc, log_sd.exp()))
+
+
+def plane_model(batch, prior, nets):
+    with batch.plate("row"):
+        z = pyro.sample("z", dist.Normal(batch.y.new_zeros(2), 0.8).to_event(1))
+        batch.observe("y", dist.Normal(z.sum(-1), 0.6))
+
+
+def flow_guide(batch, prior, nets):
+    with batch.plate("row"):
+        pyro.sample("z", flow_distribution(nets.flow, batch.y.unsqueeze(-1)))
+
+
+def gamma_model(batch, prior, nets):
+    rate = pyro.sample("rate", dist.Gamma(batch.y.new_tensor(2.0), 2.0))
+    with batch.plate("row"):
+        batch.observe("y", dist.Normal(0.0, rate))
+
+
+class Shape(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logs = nn.Parameter(torch.tensor([0.7, 0.6]))
+
+
+def gamma_guide(batch, prior, nets):
+    shape, rate = nets.logs.exp()
+    pyro.sample("rate", dist.Gamma(shape, rate))
+
+
+encoder = replace(
+    shared, model=local_model, guide=encoder_guide, nets=lambda *_: Heads(), dims={"z": ("row",)}
+)
+# Large steps of large nets are chaotic: rounding grows tenfold every few steps, and Adam adds to it.
+SGD = {"optimiser": "sgd", "lr": 0.001}
+CASES = {
+    "mean field": (replace(shared, guide=MeanField(), nets=None), {}),
+    "full rank": (
+        replace(shared, model=positive_model, guide=JointNormal(), nets=None, dims={"scale": ()}), {}
+    ),
+    "low rank": (replace(shared, guide=JointNormal(rank=1), nets=None), {}),
+    "subsampled": (hierarchy(OFF), {"rows_per_batch": 5, "estimator": "trace", "particles": 2}),
+    "marginal": (hierarchy(OFF), {"rows_per_batch": 5, "estimator": "marginal"}),
+    "rows' own factors": (replace(hierarchy(), guide=MeanField(), nets=None), {"rows_per_batch": 5}),
+    "sticking the landing": (hierarchy(OFF), {"estimator": "stl"}),
+    "closed-form KL": (hierarchy(OFF), {"estimator": "analytic"}),
+    "importance weighted": (hierarchy(OFF), {"estimator": "iwae", "particles": 3}),
+    "encoder": (encoder, {"rows_per_batch": 5, "estimator": "trace"}),
+    "enumeration": (mixture, {"estimator": "enumerate", "rows_per_batch": 5}),
+    "score function": (switch, {"particles": 2}),
+    "score function of rows": (responsible, {"particles": 2, "rows_per_batch": 5}),
+    "implicit gradient": (
+        replace(shared, model=gamma_model, guide=gamma_guide, nets=lambda *_: Shape(), dims={"rate": ()}), {}
+    ),
+    "flow": (
+        replace(encoder, model=plane_model, guide=flow_guide, nets=lambda *_: Heads(flow=True),
+                dims={"z": ("row", "side")}, sizes={"side": 2}), {"estimator": "trace", **SGD, "lr": 2e-4}
+    ),
+    "batch norm": (
+        replace(encoder, nets=lambda *_: Heads(normalised=True)),
+        {"rows_per_batch": 6, "estimator": "trace", **SGD},
+    ),
+    "sgd, warm-up of the KL": (
+        hierarchy(OFF), {"optimiser": "sgd", "lr": 0.02, "kl_warmup": 60, "estimator": "trace"}
+    ),
+}  # fmt: skip
+MISSING = {"y": np.where(np.arange(12) % 5 == 0, np.nan, rows(12)["y"])}
+
+
+def run(template, data, knobs):
+    """Parameters and buffers after the steps, the history, and how steps were taken."""
+    the_plan = plan(steps=STEPS, **{"log_every": 10, "lr": 0.02, **knobs})
+    state = begin(template, open_data(template, data), the_plan)
+    for _ in train(template, data, the_plan, state=state):
+        pass
+    return state.bound.nets.state_dict(), state.history, state.engine
+
+
+def assert_same(template, data, knobs, how, *, keep=False):
+    template = template if keep else replace(template)  # a copy has nothing compiled
+    eager, history, _ = run(template, data, {**knobs, "compile": "off"})
+    ours, our_history, engine = run(template, data, {**knobs, "compile": "on"})
+    assert engine["steps"] == how, engine
+    for one, other in zip(history, our_history, strict=True):
+        assert other["objective"] == pytest.approx(one["objective"], rel=1e-12, abs=1e-12)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-10, abs=1e-10)
+    for name, value in eager.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_step_is_the_eager_one(case, monkeypatch):
+    monkeypatch.setattr(capture, "has_compiler", lambda: False)
+    template, knobs = CASES[case]
+    assert_same(template, rows(12), knobs, "captured")
+
+
+@pytest.mark.parametrize("case", ["subsampled", "batch norm"])
+def test_a_capture_that_is_compiled_is_the_eager_step(case):
+    template, knobs = CASES[case]
+    assert_same(template, MISSING if case == "subsampled" else rows(12), knobs, "compiled")
+
+
+def test_a_template_is_captured_once_for_fits_that_differ_in_numbers_alone(monkeypatch):
+    monkeypatch.setattr(capture, "has_compiler", lambda: False)
+    graphs, real = [], stepper.captured
+    monkeypatch.setattr(stepper, "captured", lambda *a, **k: graphs.append(1) or real(*a, **k))
+    template = hierarchy(OFF)
+    assert_same(template, rows(12), {"estimator": "trace"}, "captured", keep=True)
+    n = len(graphs)
+    other = {"estimator": "trace", "seed": 3, "lr": 0.01, "kl_warmup": 20}
+    assert_same(template, rows(12, seed=5), other, "captured", keep=True)
+    assert len(graphs) == n
+    assert_same(template, rows(13), {"estimator": "trace"}, "captured", keep=True)
+    assert len(graphs) > n
+
+
+def test_constants_of_another_fit_are_noticed(monkeypatch):
+    monkeypatch.setattr(capture, "has_compiler", lambda: False)
+
+    class Start(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc, self.fixed = nn.Parameter(torch.tensor(0.0)), torch.randn(()).double()
+
+    def guide(batch, prior, nets):
+        pyro.sample("mu", dist.Normal(nets.loc + nets.fixed, 0.3))
+
+    template = replace(shared, guide=guide, nets=lambda *_: Start())
+    for seed in (0, 1):
+        assert_same(template, rows(12), {"seed": seed}, "captured", keep=True)
+
+
+def test_a_captured_step_is_that_of_pyro(monkeypatch):
+    monkeypatch.setattr(capture, "has_compiler", lambda: False)
+    data, n = rows(12), 12
+    y, found = torch.as_tensor(data["y"]), {}
+    _, history, engine = run(shared, data, {"compile": "on", "schedule": "constant", "clip": None})
+    assert engine["steps"] == "captured"
+    state = begin(shared, open_data(shared, data), plan())
+
+    def model():
+        shared_model(cast(Any, Whole(y)), None, None)
+
+    def guide():
+        found["loc"] = pyro.param("loc", y.new_zeros(()))
+        found["log_scale"] = pyro.param("log_scale", y.new_zeros(()))
+        pyro.sample("mu", dist.Normal(found["loc"], found["log_scale"].exp()))
+
+    class Whole:
+        def __init__(self, y):
+            self.y = y
+
+        def plate(self, name):
+            return pyro.plate(name, n)
+
+        def observe(self, name, fn):
+            pyro.sample(name, fn, obs=self.y)
+
+    # Adam is blind to the scale of the loss, but for eps: ours is per row, Pyro's the sum.
+    svi = SVI(model, guide, Adam({"lr": 0.02, "eps": 1e-8 * n}), Trace_ELBO())
+    with torch.random.fork_rng(), pyro.get_param_store().scope():
+        torch.set_rng_state(state.random)
+        losses = [cast(float, svi.step()) / n for _ in range(STEPS)]
+    means = np.reshape(losses, (-1, 10)).mean(1)
+    np.testing.assert_allclose([e["objective"] for e in history], means, rtol=1e-12)
