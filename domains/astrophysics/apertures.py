@@ -347,7 +347,7 @@ class Nets(nn.Module):
     ) -> None:
         super().__init__()
         self.globals = population
-        self.correct = correct or perceptron(N_FEATURES * n_pairs, N_OUTPUTS * n_pairs, (64, 64), last=0.1)
+        self.correct = correct or perceptron(N_FEATURES * n_pairs, N_OUTPUTS * n_pairs, (32, 32), last=0.1)
 
 
 def guide(

@@ -166,7 +166,7 @@ class EachEpoch(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = perceptron(2 * apertures.N_FEATURES, apertures.N_OUTPUTS, (64, 64), last=0.0)
+        self.net = perceptron(2 * apertures.N_FEATURES, apertures.N_OUTPUTS, (32, 32), last=0.0)
 
     def forward(self, features: Tensor) -> Tensor:
         """Corrections (*, N_OUTPUTS x E) of features (*, N_FEATURES x E)."""

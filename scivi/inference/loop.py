@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from scivi.errors import FitError, PlanError
 from scivi.inference import marginal
 from scivi.inference.objective import Objective, prepare
+from scivi.inference.passes import Passes
 from scivi.inference.plan import Plan
 from scivi.inference.polish import polish
 from scivi.inference.recorder import Guarded, JsonLines, Recorder
@@ -44,7 +45,7 @@ FINISH_ROWS = (
     2**13
 )  # rows from which the finish takes curvature and fine nodes (our choice: 1 % in the globals' sd)
 MOST_FINE_NODES = 2**22  # rows x fine nodes of the finish (our choice: a second, 100 MB at a time)
-NODES_AT_A_TIME = 2**19  # rows x nodes held at once
+NODES_AT_A_TIME = 2**18  # rows x nodes held at once
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,6 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
         if state.step == 0 and objective.estimator == "marginal" and plan.newton:
             _newton_start(state, source, plan)
         stepper = stepper_for(state, objective, plan)
-        state.engine = stepper.told
     if state.good is None or not state.window:  # resumed between two entries, it keeps the one before
         state.good = state.pack()
     while not (state.stopped or _ended(state, plan)):
@@ -157,6 +157,7 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
                 if state.step % plan.log_every == 0 or time.perf_counter() - begun > plan.save_every_s:
                     break
             stepper.settle(state)
+        state.engine = stepper.told
         elapsed = time.perf_counter() - begun
         state.wall_s += elapsed
         if not is_finite(state.window):
@@ -415,7 +416,9 @@ def _finish(state: State, source: Any, plan: Plan) -> None:
             told: dict[str, Any] = {"method": "importance sampling", "draws": found.draws}
             told |= {"ess": found.ess, "log_weight": list(found.log_weight)}
         else:
-            found = marginal.newton_finish(bound, rows, plan.nodes)
+            work = n * marginal.n_nodes(marginal.layout(bound, bound.example).dims, plan.nodes)
+            gradient = Passes(bound, module, plan, work)
+            found = marginal.newton_finish(bound, rows, plan.nodes, gradient=gradient)
             told = {"method": "newton", "steps": found.steps, "step_sd": found.step_sd, "nodes": found.nodes}
             told |= {"node_error_sd": found.node_error_sd, "log_evidence": found.log_evidence}
     moved = (found.loc - module.loc.detach()) / found.covariance.diagonal().sqrt()

@@ -381,6 +381,10 @@ def _population(module: JointNormalGuide, theta: Tensor, batch: Batch) -> poutin
         return poutine.trace(module).get_trace(batch)
 
 
+Derivatives = tuple[Tensor, Tensor, Tensor]
+Gradient = Callable[[Tensor, Callable[[int], Iterable[Batch]], int], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows that the Newton finish works on.
@@ -397,7 +401,14 @@ class Rows:
 
 
 def newton_finish(
-    bound: Bound, rows: Rows, per_dim: int, *, fine: bool = True, max_steps: int = 12, tolerance: float = 0.1
+    bound: Bound,
+    rows: Rows,
+    per_dim: int,
+    *,
+    gradient: Gradient | None = None,
+    fine: bool = True,
+    max_steps: int = 12,
+    tolerance: float = 0.1,
 ) -> Newton:
     """Mode and covariance of the globals by Newton's method on the full marginal.
 
@@ -409,6 +420,8 @@ def newton_finish(
         rows: of the data.
         per_dim: Gauss-Hermite nodes per local dimension: coarse ones as in training, fine ones twice as many
             and one.
+        gradient: log marginal and its gradient at a point, over batches of rows on so many nodes; worked out
+            here if None.
         fine: correct the coarse answer by the fine nodes.
         max_steps: Newton steps at most.
         tolerance: stop when no coordinate moved by more, in posterior sd; the next step would be far smaller.
@@ -431,8 +444,13 @@ def newton_finish(
 
         return differentiate(of_rows, theta, curved, module.loc.dtype)
 
+    def plain(theta: Tensor, batches: Callable[[int], Iterable[Batch]], n: int) -> tuple[Tensor, Tensor]:
+        return derivatives(theta, batches, n, False)[:2]
+
+    sloped: Gradient = gradient or plain
+
     def posterior(theta: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope, _ = derivatives(theta, rows.all, coarse, False)
+        value, slope = sloped(theta, rows.all, coarse)
         prior = differentiate(of_prior, theta, False, module.loc.dtype)
         return prior[0] + value, prior[1] + slope
 
@@ -462,16 +480,13 @@ def newton_finish(
             covariance = covariance_at(theta)
     difference, node_error = torch.zeros_like(slope), math.nan
     if fine:
-        (v_fine, s_fine, _), (v, s, _) = (derivatives(theta, rows.some, n, False) for n in (n_fine, coarse))
+        (v_fine, s_fine), (v, s) = (sloped(theta, rows.some, n) for n in (n_fine, coarse))
         value, difference = value + rows.weight * (v_fine - v), rows.weight * (s_fine - s)
         node_error = float((covariance @ difference / covariance.diagonal().sqrt()).abs().max())
     theta = theta + covariance @ (slope + difference)
     evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
     loc, covariance = theta.to(module.loc), covariance.to(module.loc)
     return Newton(loc, covariance, step_sd, taken, n_fine if fine else coarse, node_error, evidence)
-
-
-Derivatives = tuple[Tensor, Tensor, Tensor]
 
 
 def differentiate(

@@ -67,9 +67,9 @@ class Plan:
         beta_start, beta: that weight; 1 is the bound itself.
         dtype: "float32" or "float64".
         device: "cpu", "cuda", "cuda:1", ...; never chosen in silence.
-        compile: "auto" captures and compiles the step of a plan long enough to repay it (a thousand steps);
-            "on" of every plan; "off" of none. A step that cannot be captured runs eagerly, and the provenance
-            of the fit says why.
+        compile: "auto" captures and compiles the step of a fit that is still going after a thousand steps,
+            with as many to come; "on" at once; "off" never. A step that cannot be captured runs eagerly, and
+            the provenance of the fit says why.
         seed: of initial values, row order and sampling, as three separate streams.
         log_every: steps between two entries of the history.
         save_every_s: seconds between two checkpoints.

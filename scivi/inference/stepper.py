@@ -25,7 +25,7 @@ from scivi.inference.step import random_states, read_window, restore_random, upd
 from scivi.inputs.batches import Batch, take
 from scivi.models.binding import seeded
 
-LONG_ENOUGH = 1000  # steps of a plan from which compiling (5 to 30 s, once on a machine) pays (our choice)
+PATIENCE = 1000  # steps before "auto" compiles, and at least to come (our choice: it takes 5 to 30 s, once)
 MOST_OPERATIONS = 2000  # in one graph; compile time grows with them (our choice: some 20 s)
 MOST_STEPS = 10  # in one graph (our choice: by then a call's overhead is shared out)
 CHECK_EVERY = 500  # steps between two comparisons with the eager step (our choice: a few percent of the time)
@@ -36,7 +36,10 @@ CLOSE = {torch.float32: 1e-3, torch.float64: 1e-8}  # of objective and gradient 
 class Stepper(Protocol):
     """Takes steps of a fit."""
 
-    told: dict[str, Any]  # how, for the provenance
+    @property
+    def told(self) -> dict[str, Any]:
+        """How, and why so, for the provenance."""
+        ...
 
     def take(self, state: State, most: int) -> None:
         """Take at least one step and at most so many."""
@@ -48,11 +51,17 @@ class Stepper(Protocol):
 
 
 def stepper_for(state: State, objective: Objective, plan: Plan) -> Stepper:
-    """The compiled step where the plan wants it and the pair can be captured, else the eager one."""
+    """The stepper that a plan asks for; where the pair cannot be captured, the eager one."""
+    if plan.compile == "on":
+        return _compiled(state, objective, plan)
     if plan.compile == "off":
         return Eager(objective, plan)
-    if plan.compile == "auto" and plan.steps < LONG_ENOUGH:
+    if plan.steps < 2 * PATIENCE:
         return Eager(objective, plan, f"a plan of {plan.steps} steps does not repay compiling")
+    return Patient(objective, plan)
+
+
+def _compiled(state: State, objective: Objective, plan: Plan) -> Stepper:
     try:
         return Compiled(state, objective, plan)
     except Unsupported as refusal:
@@ -69,7 +78,12 @@ class Eager:
 
     def __init__(self, objective: Objective, plan: Plan, why: str = "") -> None:
         self.objective, self.plan = objective, plan
-        self.told: dict[str, Any] = {"steps": "eager"} | ({"why": why} if why else {})
+        self.why = why
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """How, and why so."""
+        return {"steps": "eager"} | ({"why": self.why} if self.why else {})
 
     def take(self, state: State, most: int) -> None:
         """Take one step."""
@@ -77,6 +91,41 @@ class Eager:
 
     def settle(self, state: State) -> None:
         """Every step leaves the state up to date."""
+
+
+class Patient:
+    """Eager at first, and compiled once a thousand steps are taken: most fits have stopped by then.
+
+    It counts steps, and looks at no clock, so that equal fits stay equal.
+
+    Args:
+        objective, plan: of the fit.
+    """
+
+    def __init__(self, objective: Objective, plan: Plan) -> None:
+        self.objective, self.plan = objective, plan
+        self.eager = Eager(objective, plan, f"it stopped before {PATIENCE} steps")
+        self.later: Stepper | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """How, so far."""
+        return self.eager.told if self.later is None else self.later.told
+
+    def take(self, state: State, most: int) -> None:
+        """Take a step, or as many as the compiled function has."""
+        if state.step < PATIENCE:
+            self.settle(state)
+            self.eager.take(state, most)
+            return
+        if self.later is None:
+            self.later = _compiled(state, self.objective, self.plan)
+        self.later.take(state, most)
+
+    def settle(self, state: State) -> None:
+        """Bring the state up to date with the steps taken."""
+        if self.later is not None:
+            self.later.settle(state)
 
 
 @dataclass(frozen=True)
@@ -139,8 +188,12 @@ class Compiled:
         begun = time.perf_counter()
         self._build(state)
         self.checked = state.step
-        seconds = round(time.perf_counter() - begun, 2)
-        self.told = {"steps": self.ready.how, "at_once": self.ready.at_once, "compile_s": seconds}
+        self.seconds = round(time.perf_counter() - begun, 2)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """How, how many at once, and how long it took to compile."""
+        return {"steps": self.ready.how, "at_once": self.ready.at_once, "compile_s": self.seconds}
 
     def _names(self, state: State) -> list[str]:
         """What the window takes in at each step."""

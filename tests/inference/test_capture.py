@@ -18,7 +18,7 @@ from pyro.optim import Adam
 from torch import nn
 
 from scivi.inference import capture, stepper
-from scivi.inference.loop import begin, open_data, train
+from scivi.inference.loop import begin, fit, open_data, train
 from scivi.models.guides import JointNormal, MeanField, conditional_flow, flow_distribution
 from scivi.models.networks import perceptron
 from tests.inference.conjugate import OFF, hierarchy, plan, rows, shared, shared_model
@@ -211,3 +211,24 @@ def test_a_captured_step_is_that_of_pyro(monkeypatch):
         losses = [cast(float, svi.step()) / n for _ in range(STEPS)]
     means = np.reshape(losses, (-1, 10)).mean(1)
     np.testing.assert_allclose([e["objective"] for e in history], means, rtol=1e-12)
+
+
+def test_a_long_fit_is_captured_after_a_thousand_steps_wherever_it_is_stopped(monkeypatch):
+    monkeypatch.setattr(capture, "has_compiler", lambda: False)
+    monkeypatch.setattr(stepper, "PATIENCE", 30)
+    knobs = {"compile": "auto", "estimator": "trace", "dtype": "float32", "rows_per_batch": 5}
+    template, the_plan = hierarchy(OFF), plan(steps=80, log_every=10, **knobs)
+    whole = fit(template, rows(12), the_plan, progress=False)
+    assert whole.provenance["fit"]["engine"]["steps"] == "captured"
+    for stop in (20, 40):
+        state = begin(template, open_data(template, rows(12)), the_plan)
+        for now in train(template, rows(12), the_plan, state=state):
+            if now.step == stop:
+                break
+        other = begin(template, open_data(template, rows(12)), the_plan)
+        other.unpack(*state.pack())
+        for _ in train(replace(template), rows(12), the_plan, state=other):
+            pass
+        assert [e["objective"] for e in other.history] == whole.history.objective.values.tolist()
+    short = fit(template, rows(12), plan(steps=50, log_every=10, **knobs), progress=False)
+    assert "does not repay" in short.provenance["fit"]["engine"]["why"]
