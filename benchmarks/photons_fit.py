@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xarray as xr
@@ -41,10 +42,10 @@ def table_of(rows: Catalogue) -> xr.Dataset:
     )
 
 
-def fit_scivi(rows: Catalogue, seed: int, steps: int | None = None) -> scivi.Fit:
-    """Fit the template as a user would, with the default plan."""
-    plan = scivi.Plan(seed=seed)
-    return scivi.fit(photons.template, table_of(rows), plan if steps is None else replace(plan, steps=steps))
+def fit_scivi(rows: Catalogue, seed: int, steps: int | None = None, **knobs: Any) -> scivi.Fit:
+    """Fit the template as a user would, with the default plan but for what is given."""
+    plan = scivi.Plan(seed=seed, **({} if steps is None else {"steps": steps}), **knobs)
+    return scivi.fit(photons.template, table_of(rows), plan)
 
 
 def globals_of(fit: scivi.Fit) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from scivi.errors import Unsupported
 
 Function = Callable[..., Sequence[Tensor]]
+WORTH_THREADS = 2**25  # of ``work_of``: some milliseconds (our choice, measured)
+COMMON: dict[str, Any] = {"fallback_random": True}  # torch's own random numbers, as an eager run draws them
+ON_CPU: dict[str, Any] = {
+    "cpp_wrapper": True,  # the calls between kernels in C++ too: most of a small model's time is there
+    "cpp.min_chunk_size": 2**15,  # numbers in a loop that repay a second thread (default 512; measured)
+    "size_asserts": False,  # the arguments' form is checked before
+    "alignment_asserts": False,
+}
 
 
 def captured(function: Function, examples: Sequence[Tensor], *, owned: Iterable[Tensor] = ()) -> GraphModule:
@@ -80,12 +88,52 @@ def compiled(graph: GraphModule, examples: Sequence[Tensor]) -> tuple[Function, 
     """The graph as machine code where there is a compiler, and how it now runs: "compiled" or "captured".
 
     Random numbers are torch's own, in the same order as in the graph. Code is kept on disk by torch and found
-    again by the next process.
+    again by the next process. A small graph runs on one thread: a second would be waited for more than it
+    helps.
     """
-    if examples[0].device.type == "cpu" and not has_compiler():
+    on_cpu = examples[0].device.type == "cpu"
+    if on_cpu and not has_compiler():
         return graph, "captured"
-    with _quiet_compiler():
-        return _inductor(graph, examples), "compiled"
+    threads = 1 if on_cpu and work_of(graph) < WORTH_THREADS else torch.get_num_threads()
+    with _threads(threads), _quiet_compiler():
+        function = _inductor(graph, examples)
+    if threads == torch.get_num_threads():
+        return function, "compiled"
+
+    def alone(*arguments: Tensor) -> Sequence[Tensor]:
+        with _threads(threads):
+            return function(*arguments)
+
+    return alone, "compiled"
+
+
+def work_of(graph: GraphModule) -> int:
+    """Numbers that a run of the graph writes, and an eighth of the multiplications of its matrix products."""
+    work = 0
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            continue
+        work += value.numel()
+        if node.target in (
+            torch.ops.aten.mm.default,
+            torch.ops.aten.addmm.default,
+            torch.ops.aten.bmm.default,
+        ):
+            inner = node.args[-1].meta["val"].shape[-2]
+            work += value.numel() * inner // 8
+    return work
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Run torch on so many threads, and give it back its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def has_compiler() -> bool:
@@ -94,7 +142,7 @@ def has_compiler() -> bool:
 
 
 @contextmanager
-def _quiet_compiler() -> Any:
+def _quiet_compiler() -> Iterator[None]:
     """Keep torch's remarks on its own code and choices from the user."""
     loggers = [logging.getLogger(n) for n in ("torch._inductor", "torch._functorch", "torch._dynamo")]
     before = [logger.level for logger in loggers]
@@ -115,7 +163,7 @@ def _inductor(graph: GraphModule, examples: Sequence[Tensor]) -> Function:
     from torch._inductor import standalone_compile
     from torch._inductor.exc import InductorError
 
-    with config.patch(fallback_random=True):
+    with config.patch({**COMMON, **(ON_CPU if examples[0].device.type == "cpu" else {})}):
         try:
             return standalone_compile(graph, list(examples), dynamic_shapes="from_example_inputs")
         except InductorError as error:

@@ -22,7 +22,7 @@ from pyro.infer import NUTS
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scivi.errors import Unsupported, missing_extra
+from scivi.errors import FitError, Unsupported, missing_extra
 from scivi.inference.capture import Function
 from scivi.inference.potential import Potential
 
@@ -85,7 +85,10 @@ def nutpie_chain(function: Function, first: Tensor, length: Length, seed: int, b
     def density(point: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal calls
         calls += 1
-        value, gradient = function(torch.from_numpy(point))
+        try:
+            value, gradient = function(torch.from_numpy(point))
+        except torch.linalg.LinAlgError:  # no factor of a matrix there: as Pyro, a divergence
+            return -np.inf, np.zeros(size)
         return value.item(), gradient.numpy()
 
     def kept(point: np.ndarray) -> dict[str, np.ndarray]:
@@ -103,16 +106,22 @@ def nutpie_chain(function: Function, first: Tensor, length: Length, seed: int, b
         coords={"coordinate": np.arange(size)},
         make_initial_point_fn=lambda _: start.copy(),
     )
-    found: Any = nutpie.sample(
-        model,
-        draws=length.draws,
-        tune=length.warmup,
-        chains=1,
-        cores=1,
-        seed=seed,
-        save_warmup=False,
-        progress_bar=False,
-    )
+    how: dict[str, Any] = {
+        "draws": length.draws,
+        "tune": length.warmup,
+        "chains": 1,
+        "cores": 1,
+        "seed": seed,
+    }
+    try:
+        found: Any = nutpie.sample(model, **how, save_warmup=False, progress_bar=False)
+    except RuntimeError as error:
+        if "initialization points failed" not in str(error):
+            raise
+        raise FitError(
+            "nutpie could not start: where the chain starts, the log density does not depend on some latent, "
+            'or is not finite. Give that latent a proper prior, or use backend="pyro".'
+        ) from None
     path, told = np.asarray(found["posterior"]["point"])[0], found["sample_stats"]
     if len(path) < length.draws:  # interrupted: nutpie keeps that to itself
         raise KeyboardInterrupt

@@ -31,7 +31,8 @@ from scivi.inference.state import Fit, State, freeze, load_state, new_state, sav
 from scivi.inference.step import diagnose, is_finite, read_window, signal_to_noise
 from scivi.inference.stepper import stepper_for
 from scivi.inference.trees import plain_labels
-from scivi.inputs.batches import Batch, Feed, chunks, make_batch
+from scivi.inputs.batches import Batch, chunks, make_batch
+from scivi.inputs.feed import Feed
 from scivi.inputs.sources import open_source
 from scivi.models.binding import Bound, bind, stream_seed
 from scivi.models.template import Template
@@ -215,16 +216,15 @@ def _consider(state: State, plan: Plan) -> None:
     rule = plan.stop
     if rule is None or state.decay_from is not None or state.step < max(rule.min_steps, 2 * rule.window):
         return
-    recent = [e for e in state.history if e["step"] > state.step - rule.window]
-    before = [
-        e for e in state.history if state.step - 2 * rule.window < e["step"] <= state.step - rule.window
-    ]
+    window = max(rule.window, state.step // 4)
+    recent = [e for e in state.history if e["step"] > state.step - window]
+    before = [e for e in state.history if state.step - 2 * window < e["step"] <= state.step - window]
     if not recent or not before:
         return
     error = sum(_standard_error(part) ** 2 for part in (recent, before)) ** 0.5
     too_noisy = error > 2 * rule.least
     if not too_noisy and _mean(before) - _mean(recent) < max(rule.tolerance * error, rule.least):
-        state.decay_from, state.decay_steps = state.step, max(1, round(plan.decay * state.step))
+        state.decay_from, state.decay_steps = state.step, state.step  # as long again
 
 
 def _mean(entries: list[dict[str, float]]) -> float:

@@ -20,21 +20,22 @@ Compile = Literal["auto", "on", "off"]
 class Plateau:
     """Stop when the averaged objective no longer improves.
 
-    The objective of the last ``window`` steps is compared with that of the ``window`` before; the fit goes on
-    while the improvement exceeds both ``tolerance`` standard errors of the difference and ``least``, or while
-    that error is more than twice ``least``, so that nothing can be told.
+    The objective of the last quarter of the steps is compared with that of the quarter before; the fit goes
+    on while the improvement exceeds both ``tolerance`` standard errors of the difference and ``least``, or
+    while that error is more than twice ``least``, so that nothing can be told. Then the learning rate falls
+    to zero over as many steps as were taken.
 
     Args:
-        window: steps in each of the two windows.
+        window: fewest steps in each of the two windows.
         tolerance: standard errors (our choice: 2, so that noise alone continues one time in forty).
         least: nats per row (our choice: a percent of what a reader would call a better fit).
         min_steps: never stop before this many steps.
     """
 
-    window: int = 300
+    window: int = 100
     tolerance: float = 2.0
     least: float = 0.005
-    min_steps: int = 600
+    min_steps: int = 200
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,8 +69,9 @@ class Potential:
             for name in named.keys() & (values or {}).keys():
                 named[name] = self.transforms[name]((values or {})[name])
             point = self.joined(named)
-            if all(bool(torch.isfinite(found).all()) for found in self.density(point)):
-                return point
+            value, gradient = self.density(point)
+            if bool(value.isfinite() & gradient.isfinite().all() & (gradient != 0).all()):
+                return point  # nutpie takes its first scales from the gradient
             values = None
         return self.first
 

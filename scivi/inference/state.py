@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from scivi import __version__
 from scivi.errors import CheckpointError, TemplateError, listed
 from scivi.inference.plan import Plan
-from scivi.inputs.batches import Batch, Feed
+from scivi.inputs.batches import Batch
+from scivi.inputs.feed import Feed
 from scivi.models.binding import Bound, bind, stream_seed
 from scivi.models.template import Template
 

@@ -28,7 +28,7 @@ from scivi.models.binding import seeded
 PATIENCE = 1000  # steps before "auto" compiles, and at least to come (our choice: it takes 5 to 30 s, once)
 MOST_OPERATIONS = 2000  # in one graph; compile time grows with them (our choice: some 20 s)
 MOST_STEPS = 10  # in one graph (our choice: by then a call's overhead is shared out)
-CHECK_EVERY = 500  # steps between two comparisons with the eager step (our choice: a few percent of the time)
+CHECK_AFTER = 500  # steps until the next comparison with the eager step, then twice as many, ... (our choice)
 KEPT = 4  # compiled functions that a template keeps (our choice)
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-8}  # of objective and gradient norm, relative (our choice)
 
@@ -187,7 +187,7 @@ class Compiled:
         self.names = self._names(state)
         begun = time.perf_counter()
         self._build(state)
-        self.checked = state.step
+        self.check_at = state.step + CHECK_AFTER
         self.seconds = round(time.perf_counter() - begun, 2)
 
     @property
@@ -311,7 +311,7 @@ class Compiled:
             self.settle(state)
             self.eager.take(state, most)
             return
-        if state.step - self.checked >= CHECK_EVERY:
+        if state.step >= self.check_at:
             self._check(state)
         self._run(state)
 
@@ -349,7 +349,7 @@ class Compiled:
                 step=state.step,
                 state=state,
             )
-        self.checked = state.step
+        self.check_at = 2 * state.step
 
     def _differences(self, state: State) -> list[str]:
         """How the next steps differ when they are taken in both ways from here; the state stays as it is."""

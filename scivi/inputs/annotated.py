@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from scivi.errors import DataError, Unsupported
-from scivi.inputs.columns import Column, Table, from_array, from_disk, numbers
+from scivi.inputs.columns import Column, Table, from_array, from_disk, from_sparse, numbers
+from scivi.inputs.sparse import on_disk
 
 _GROUPS = {"layers": ("obs", "var"), "obsm": ("obs",), "varm": ("var",)}
 
@@ -131,17 +132,13 @@ def _of_frame(group: Any, dims: tuple[str, ...]) -> Column:
 
 
 def _of_sparse(group: Any, dims: tuple[str, ...], by_rows: bool) -> Column:
-    shape = tuple(int(n) for n in group.attrs["shape"])
-    major = 0 if by_rows else 1
+    shape = (int(group.attrs["shape"][0]), int(group.attrs["shape"][1]))
+    if by_rows:
+        return from_sparse(on_disk(group, shape), dims)
+    turned = on_disk(group, (shape[1], shape[0]))  # a CSC is the CSR of its transpose
 
     def block(key: tuple[slice, ...]) -> np.ndarray:
-        from scipy.sparse import csr_matrix
+        rows, columns = key
+        return turned.rows(np.arange(columns.start, columns.stop), turned.dtype)[:, rows].toarray().T
 
-        wide, narrow = key[major], key[1 - major]
-        ends = np.asarray(group["indptr"][wide.start : wide.stop + 1])
-        inside = slice(int(ends[0]), int(ends[-1]))
-        parts = (np.asarray(group["data"][inside]), np.asarray(group["indices"][inside]), ends - ends[0])
-        dense = csr_matrix(parts, shape=(wide.stop - wide.start, shape[1 - major]))[:, narrow].toarray()
-        return dense if by_rows else dense.T
-
-    return from_disk(block, dims, shape, np.dtype(group["data"].dtype), scan=1 - major)
+    return from_disk(block, dims, shape, turned.dtype, scan=0)

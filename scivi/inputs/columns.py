@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from scivi.errors import DataError, listed
+from scivi.inputs.sparse import GAP, Sparse, in_memory
 
 Index = Sequence[np.ndarray | None]  # per axis the places wanted, in any order; None for all of them
-_GAP = 16  # on disk, wanted rows at most this far apart are read in one stretch (our choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Column:
         dtype: as stored.
         get: entries at the places wanted, a new array each time.
         scan: axis along which a few rows can only be read by reading all (compressed the other way), or None.
+        sparse: the same entries by rows without making them dense, where that is how they are held.
     """
 
     dims: tuple[str, ...]
@@ -32,6 +33,7 @@ class Column:
     dtype: np.dtype
     get: Callable[[Index], np.ndarray]
     scan: int | None = None
+    sparse: Sparse | None = None
 
     @property
     def numeric(self) -> bool:
@@ -63,7 +65,7 @@ class Table:
 def from_array(array: Any, dims: tuple[str, ...]) -> Column:
     """A column of an array in memory; a scipy sparse matrix becomes dense where it is read."""
     if hasattr(array, "toarray"):  # scipy's matrices and arrays, which share no base class
-        return Column(dims, tuple(array.shape), np.dtype(array.dtype), lambda index: _dense(array, index))
+        return from_sparse(in_memory(array), dims)
     array = np.asarray(array)
     return Column(dims, array.shape, array.dtype, lambda index: _taken(array, index))
 
@@ -77,13 +79,15 @@ def _taken(array: np.ndarray, index: Index) -> np.ndarray:
     return array
 
 
-def _dense(matrix: Any, index: Index) -> np.ndarray:
-    rows, columns = index
-    if rows is not None:
-        matrix = matrix[rows]
-    if columns is not None:
-        matrix = matrix[:, columns]
-    return np.asarray(matrix.toarray())
+def from_sparse(sparse: Sparse, dims: tuple[str, ...]) -> Column:
+    """A column of a sparse matrix, which becomes dense where it is read."""
+
+    def get(index: Index) -> np.ndarray:
+        rows, columns = index
+        matrix = sparse.rows(rows, sparse.dtype)
+        return (matrix if columns is None else matrix[:, columns]).toarray()
+
+    return Column(dims, sparse.shape, sparse.dtype, get, sparse=sparse)
 
 
 def numbers(series: Any) -> np.ndarray:
@@ -114,14 +118,16 @@ def from_disk(
         lead = next(iter(wanted))
         places = wanted[lead][0]
         parts = []
-        for run in np.split(places, np.flatnonzero(np.diff(places) > _GAP) + 1) if len(places) else [places]:
+        for run in np.split(places, np.flatnonzero(np.diff(places) > GAP) + 1) if len(places) else [places]:
             start = int(run[0]) if len(run) else 0
             window[lead] = slice(start, int(run[-1]) + 1 if len(run) else 0)
             part = np.asarray(block(tuple(window)))
             parts.append(part if len(run) == part.shape[lead] else np.take(part, run - start, lead))
         array = parts[0] if len(parts) == 1 else np.concatenate(parts, lead)
         for axis, (kept, inverse) in wanted.items():
-            array = np.take(array, inverse if axis == lead else kept[inverse] - window[axis].start, axis)
+            places = inverse if axis == lead else kept[inverse] - window[axis].start
+            if len(places) < array.shape[axis] or (places != np.arange(len(places))).any():
+                array = np.take(array, places, axis)
         return array
 
     return Column(dims, shape, dtype, get, scan)
@@ -212,4 +218,5 @@ def _kept(column: Column, places: Mapping[str, np.ndarray]) -> Column:
         return column.get([i if k is None else (k if i is None else k[i]) for k, i in pairs])
 
     shape = tuple(n if k is None else len(k) for n, k in zip(column.shape, kept, strict=True))
-    return replace(column, shape=shape, get=get)
+    sparse = column.sparse and column.sparse.chosen(*kept)
+    return replace(column, shape=shape, get=get, sparse=sparse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Matching:
                     f"Turn categories into codes, text into numbers, and times into floats."
                 )
             elif dims is not None:
-                found[name] = Column(dims, column.shape, column.dtype, column.get, column.scan)
+                found[name] = replace(column, dims=dims)
                 self._refuse_scan(name, found[name])
         return found
 

@@ -6,21 +6,24 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from scivi.errors import DataError
 from scivi.inputs.columns import Column, Table, arranged
 from scivi.inputs.fields import Field, Tally, raise_faults
 from scivi.inputs.matching import Matching
+from scivi.inputs.narrow import Span
 from scivi.inputs.tables import as_table, from_table, pivoted
 
 __all__ = ["TableSource", "arranged", "as_table", "from_anndata", "from_table", "open_source"]
 
 _CHUNK = 2**21  # entries of a field that are checked at a time (our choice: 16 MB as float64)
+_PIECE = 2**23  # entries that are read before they take a narrower type (our choice: 64 MB as float64)
 _MOST_LABELS = 1_000_000  # labels that are read to look for repeated ones (our choice)
 
 
@@ -54,6 +57,7 @@ class TableSource:
         coords: labels of every dim, read when asked for.
         nbytes: of all fields as float32.
         fingerprint: sha256 of the entries and dims of all fields, whatever holds them.
+        spans: by field that has a column, what its entries have in common.
     """
 
     fields: Mapping[str, Field]
@@ -62,11 +66,66 @@ class TableSource:
     coords: Mapping[str, np.ndarray]
     nbytes: int = 0
     fingerprint: str = ""
+    spans: Mapping[str, Span] = field(default_factory=lambda: MappingProxyType({}))
 
     def read(self, index: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Fields by name, new arrays with dims as declared; only ``index`` along the dims it names."""
         index = {dim: np.asarray(places, dtype=np.int64) for dim, places in index.items()}
         return {name: self.whole(name, index) for name in self.fields}
+
+    def kept(
+        self, row: str, places: np.ndarray | None, wanted: np.dtype
+    ) -> dict[str, np.ndarray | csr_array]:
+        """Fields as ``read`` gives them, in the types and forms in which they take the least memory.
+
+        Args:
+            row: the dim of which only some rows may be wanted.
+            places: those rows, best in rising order; None for all.
+            wanted: the type that the entries shall have in the end.
+
+        Returns:
+            By field an array of the narrowest type that holds it, or a CSR array if that is smaller.
+        """
+        return {name: self._kept(name, row, places, wanted) for name in self.fields}
+
+    def kept_nbytes(self, row: str, wanted: np.dtype) -> int:
+        """Memory that ``kept`` takes of all rows."""
+        return sum(int(min(self._nbytes(name, row, wanted))) for name in self.fields)
+
+    def _kept(
+        self, name: str, row: str, places: np.ndarray | None, wanted: np.dtype
+    ) -> np.ndarray | csr_array:
+        dtype, dims = self._narrowest(name, wanted), self.fields[name].dims
+        dense, sparse = self._nbytes(name, row, wanted)
+        if sparse < dense:
+            held = self.columns[name].sparse
+            assert held is not None
+            return held.rows(places, dtype)
+        if row not in dims:
+            return self.whole(name).astype(dtype, copy=False)
+        axis = dims.index(row)
+        rows = np.arange(self.sizes[row]) if places is None else places
+        shape = [len(rows) if d == row else self.sizes[d] for d in dims]
+        array, step = np.empty(shape, dtype), max(1, _PIECE * len(rows) // max(1, math.prod(shape)))
+        for start in range(0, len(rows), step):
+            some = slice(start, start + step)
+            array[(slice(None),) * axis + (some,)] = self.whole(name, {row: rows[some]})
+        return array
+
+    def _narrowest(self, name: str, wanted: np.dtype) -> np.dtype:
+        if name not in self.columns or name not in self.spans:
+            return wanted
+        return self.spans[name].dtype(self.columns[name].dtype.newbyteorder("="), wanted)
+
+    def _nbytes(self, name: str, row: str, wanted: np.dtype) -> tuple[float, float]:
+        """Memory of a field kept dense, and kept as CSR (infinite if it cannot be)."""
+        dims, size = self.fields[name].dims, self._narrowest(name, wanted).itemsize
+        dense = size * math.prod(self.sizes[d] for d in dims)
+        column = self.columns.get(name)
+        if column is None or column.sparse is None or column.dims != dims or dims[0] != row:
+            return dense, math.inf
+        place = 4 if max(column.sparse.nnz, *column.shape) < 2**31 else 8  # scipy's types of an index
+        return dense, (size + place) * column.sparse.nnz + place * (self.sizes[row] + 1)
 
     def whole(self, name: str, index: Mapping[str, np.ndarray] = MappingProxyType({})) -> np.ndarray:
         """One field, repeated along the dims that its column lacks."""
@@ -144,14 +203,14 @@ def open_source(
         sizes=MappingProxyType(found),
         coords=_Labels(found, labels),
     )
-    fingerprint, faults = _checked(source, tuple(rows))
+    fingerprint, spans, faults = _checked(source, tuple(rows))
     if validate is not None and not matching.faults:
         common = [n for n, f in fields.items() if not set(f.dims) & set(rows)]
         faults += validate({n: source.whole(n) for n in common}, source.coords)
     raise_faults([*matching.faults, *faults], name)
     _warn_of_repeated(source, tuple(rows))
     nbytes = 4 * sum(math.prod(found[d] for d in f.dims) for f in fields.values())
-    return replace(source, nbytes=nbytes, fingerprint=fingerprint)
+    return replace(source, nbytes=nbytes, fingerprint=fingerprint, spans=MappingProxyType(spans))
 
 
 def from_anndata(adata: Any, dims: Mapping[str, str] | None = None, **columns: str) -> Table:
@@ -186,9 +245,9 @@ def _pivoted_if_long(table: Table, fields: Mapping[str, Field]) -> Table:
     return as_table(pivoted(table, dims, narrow))
 
 
-def _checked(source: TableSource, rows: tuple[str, ...]) -> tuple[str, list[str]]:
-    """Fingerprint and faults of all entries, read once in chunks."""
-    digest, faults = hashlib.sha256(), []
+def _checked(source: TableSource, rows: tuple[str, ...]) -> tuple[str, dict[str, Span], list[str]]:
+    """Fingerprint, spans and faults of all entries, read once in chunks."""
+    digest, faults, spans = hashlib.sha256(), [], {}
     for name in sorted(source.fields):
         if name not in source.columns:
             digest.update(f"{name} = {source.fields[name].default}".encode())
@@ -199,15 +258,16 @@ def _checked(source: TableSource, rows: tuple[str, ...]) -> tuple[str, list[str]
         along = next((d for d in (*rows, *own) if d in own), None)
         step = max(1, _CHUNK * sizes.get(along or "", 1) // max(1, math.prod(column.shape)))
         digest.update(f"{name} {own} {[sizes[d] for d in own]}".encode())
-        tally = Tally(name, declared, own)
+        tally, spans[name] = Tally(name, declared, own), Span()
         for start in range(0, sizes[along] if along else 1, step):
             index = {along: np.arange(start, min(sizes[along], start + step))} if along else {}
             values, _ = source.entries(name, index)
+            spans[name].add(values)
             tally.add(values, tuple(start if d == along else 0 for d in own))
             block = np.moveaxis(values, own.index(along), 0) if along else values
             digest.update(block.astype("<f8").tobytes())
         faults += tally.faults()
-    return digest.hexdigest(), faults
+    return digest.hexdigest(), spans, faults
 
 
 def _warn_of_repeated(source: TableSource, rows: tuple[str, ...]) -> None:

@@ -124,7 +124,7 @@ def test_traps_a_parameter_outside_of_nets_is_refused():
 
 
 def test_traps_a_number_outside_that_changes_is_told(monkeypatch):
-    monkeypatch.setattr(stepper, "CHECK_EVERY", 10)
+    monkeypatch.setattr(stepper, "CHECK_AFTER", 10)
     outside = {"width": 1.0, "calls": 0}
 
     def model(batch, prior, nets):

@@ -8,8 +8,9 @@ import torch
 from pyro import poutine
 
 from scivi.errors import PlanError, TemplateError
-from scivi.inputs import batches
-from scivi.inputs.batches import Feed, Order, chunks, make_batch, take
+from scivi.inputs import feed as feeds
+from scivi.inputs.batches import chunks, make_batch, take
+from scivi.inputs.feed import Feed, Order
 from scivi.inputs.fields import Field
 from scivi.inputs.sources import open_source
 
@@ -31,8 +32,8 @@ def feed(n: int, size: int | None, *, resident: bool = True, seed: int = 0, gaps
 
 @pytest.fixture(params=["resident", "streamed"])
 def resident(request, monkeypatch) -> bool:
-    monkeypatch.setattr(batches, "_BLOCK", 8)  # so that few rows make several groups
-    monkeypatch.setattr(batches, "_BLOCKS", 3)
+    monkeypatch.setattr(feeds, "_BLOCK", 8)  # so that few rows make several groups
+    monkeypatch.setattr(feeds, "_BLOCKS", 3)
     return request.param == "resident"
 
 
@@ -75,8 +76,8 @@ def test_every_row_comes_equally_often(resident):
 
 
 def test_rows_of_an_incomplete_block_come_as_often_as_others(monkeypatch):
-    monkeypatch.setattr(batches, "_BLOCK", 8)
-    monkeypatch.setattr(batches, "_BLOCKS", 3)
+    monkeypatch.setattr(feeds, "_BLOCK", 8)
+    monkeypatch.setattr(feeds, "_BLOCKS", 3)
     # each epoch leaves one of 50 rows out: sd of a row's count (400 * 1/50 * 49/50)^.5 = 2.8
     seen = counts_of_rows(50, 7, resident=False)
     assert abs(seen - seen.mean()).max() < 5 * 2.8
@@ -100,7 +101,7 @@ def test_seeds_give_different_orders():
 def test_all_rows_are_taken_if_wanted_and_refused_if_too_many(monkeypatch):
     assert feed(50, None).next().index == {}
     assert feed(50, 80).next().y.shape == (50, 2)
-    monkeypatch.setattr(batches, "_FULL_LIMIT", 49)
+    monkeypatch.setattr(feeds, "_FULL_LIMIT", 49)
     with pytest.raises(PlanError, match="rows_per_batch=None would take all of 50 rows at every step"):
         feed(50, None)
 
