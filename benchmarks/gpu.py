@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py --json gpu.json
 
-Needs a CUDA device; meant to take under eight minutes on one. Five models (`svi_models.py`) are stepped eagerly
-and compiled on both devices, windows of 50 steps in turn; the photon template is fitted to 100,000 sources,
-and new ones are drawn. Noise on replay is fresh: two windows of steps from one state have different objectives.
+Needs a CUDA device; meant to take under eight minutes on one. Five models (`svi_models.py`) are stepped
+eagerly and compiled on both devices, windows of 50 steps in turn; the photon template is fitted to 100,000
+sources, and new ones are drawn. That every window has noise of its own is checked.
 
 Figures:
     step_gain_M: CPU's time per compiled step over the GPU's, medians; eager_step_gain_M: the same, eager.

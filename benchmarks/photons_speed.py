@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=100_000, help="sources")
     parser.add_argument("--seed", type=int, default=0, help="of the first repeat; the data have their own")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100, help="of ours; `Plan()` would stop later")
+    parser.add_argument("--steps", type=int, default=40, help="of ours; `Plan()` would stop later")
     parser.add_argument("--draws", type=int, default=1, help="per new source")
     parser.add_argument("--json", type=Path, help="write the figures here")
     asked = parser.parse_args()

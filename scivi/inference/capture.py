@@ -23,11 +23,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from scivi.errors import Unsupported
 
 Function = Callable[..., Sequence[Tensor]]
-WORTH_THREADS = 2**25  # of ``work_of``: some milliseconds (our choice, measured)
+WORTH_THREADS = 2**22  # of ``work_of``: a millisecond or more (our choice, measured)
 COMMON: dict[str, Any] = {"fallback_random": True}  # torch's own random numbers, as an eager run draws them
 ON_CPU: dict[str, Any] = {
     "cpp_wrapper": True,  # the calls between kernels in C++ too: most of a small model's time is there
-    "cpp.min_chunk_size": 2**15,  # numbers in a loop that repay a second thread (default 512; measured)
+    "cpp.min_chunk_size": 2**12,  # numbers in a loop that repay a second thread (our choice; default 512)
     "size_asserts": False,  # the arguments' form is checked before
     "alignment_asserts": False,
 }

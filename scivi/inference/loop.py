@@ -38,9 +38,7 @@ from scivi.models.binding import Bound, bind, stream_seed
 from scivi.models.template import Template
 
 EXAMPLE_ROWS = 64  # rows that a pair is bound to (our choice: enough for any shape)
-START_ROWS = (
-    2048  # rows of the Newton start (our choice: a fraction of a second, a few percent in the globals)
-)
+START_ROWS = 1024  # rows of the Newton start (our choice: some percent in the globals, .2 s)
 FEW_ROWS = 512  # rows up to which the population's posterior may be far from normal (our choice)
 FINISH_ROWS = (
     2**13
