@@ -1,10 +1,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pyro
 import pytest
 import torch
+
+from scivi.inference import capture, loop
+from scivi.inference.objective import Objective
+from scivi.inference.plan import Plan
+from scivi.inference.state import State
+from scivi.inference.stepper import Stepper
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--steps",
+        choices=("off", "auto", "captured"),
+        help="take the steps of every fit so, whatever its plan says (tests of captured steps apart)",
+    )
+
+
+@pytest.fixture(autouse=True)
+def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another way to take steps, if one is asked for."""
+    how = request.config.getoption("--steps")
+    if how is None or request.path.stem in ("test_capture", "test_traps"):
+        return
+    real = loop.stepper_for
+    choice: Any = "on" if how == "captured" else how
+
+    def chosen(state: State, objective: Objective, plan: Plan) -> Stepper:
+        return real(state, objective, replace(plan, compile=choice))
+
+    monkeypatch.setattr(loop, "stepper_for", chosen)
+    if how == "captured":
+        monkeypatch.setattr(capture, "has_compiler", lambda: False)
 
 
 @pytest.fixture(scope="session", autouse=True)
