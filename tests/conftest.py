@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--steps",
         choices=("off", "auto", "captured"),
-        help="take the steps of every fit so, whatever its plan says (tests of captured steps apart)",
+        help="take the steps of every fit so, whatever its plan says (but for tests of captured or eager steps)",
     )
 
 
@@ -27,7 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another way to take steps, if one is asked for."""
     how = request.config.getoption("--steps")
-    if how is None or request.path.stem in ("test_capture", "test_traps"):
+    apart = request.path.stem in ("test_capture", "test_traps") or request.node.get_closest_marker("eager")
+    if how is None or apart:
         return
     real = loop.stepper_for
     choice: Any = "on" if how == "captured" else how

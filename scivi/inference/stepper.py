@@ -7,6 +7,7 @@ any step. It is compared with the eager step before it is trusted, and again whi
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -358,6 +359,7 @@ class Compiled:
         found = [
             f"{name} {eager[name]:.8g} against {ours[name]:.8g}"
             for name in ("objective", "grad_norm")
+            if math.isfinite(eager[name]) or math.isfinite(ours[name])  # a fit that diverges does so in both
             if not abs(eager[name] - ours[name]) <= close * (1 + abs(eager[name]))
         ]
         pairs = zip(eager_buffers, our_buffers, strict=True)

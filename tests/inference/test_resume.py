@@ -116,6 +116,7 @@ def test_a_divergence_after_a_resume_goes_back_as_far_as_without(until, tmp_path
     assert resumed.restarts == unstopped.restarts
 
 
+@pytest.mark.eager  # it looks at every step
 def test_a_signal_holds_though_the_window_it_fell_in_diverged(monkeypatch):
     template = replace(shared, guide=place_guide, nets=lambda sizes, prior: Place())
     whole = plan(
