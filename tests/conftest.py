@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--steps",
         choices=("off", "auto", "captured"),
-        help="take the steps of every fit so, whatever its plan says (but for tests of captured or eager steps)",
+        help="take the steps of every fit so, whatever its plan says; tests of the steps stay",
     )
 
 
