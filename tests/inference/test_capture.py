@@ -232,3 +232,12 @@ def test_a_long_fit_is_captured_after_a_thousand_steps_wherever_it_is_stopped(mo
         assert [e["objective"] for e in other.history] == whole.history.objective.values.tolist()
     short = fit(template, rows(12), plan(steps=50, log_every=10, **knobs), progress=False)
     assert "does not repay" in short.provenance["fit"]["engine"]["why"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_steps_on_a_gpu_are_the_eager_ones_and_each_has_noise_of_its_own():
+    assert_same(hierarchy(OFF), rows(12), {"device": "cuda", "estimator": "trace", "lr": 1e-3}, "compiled")
+    knobs = {"device": "cuda", "estimator": "trace", "lr": 1e-12, "schedule": "constant", "compile": "on"}
+    _, history, _ = run(hierarchy(OFF), rows(12), knobs)
+    assert len({entry["objective"] for entry in history}) == len(history)
