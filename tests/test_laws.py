@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -15,31 +15,9 @@ from domains.astrophysics import photons
 from scivi.errors import DataError
 from scivi.laws import LAWS, check
 from scivi.models.guides import JointNormal, MeanField
+from tests.schools import schools
 
-
-@dataclass(frozen=True)
-class Prior:
-    effect_sd: float = 5.0
-    spread: float = 5.0
-
-
-def schools_model(batch, prior, nets):
-    mu = pyro.sample("mu", dist.Normal(0.0, prior.effect_sd))
-    tau = pyro.sample("tau", dist.HalfNormal(prior.spread))
-    with batch.plate("school"):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        theta = pyro.deterministic("theta", mu + tau * z)
-        batch.observe("effect", dist.Normal(theta, batch.sd))
-
-
-SCHOOLS = scivi.Template(
-    name="schools",
-    rows="school",
-    model=schools_model,
-    prior=Prior(),
-    fields={"effect": scivi.Field(("school",), role="observed"), "sd": scivi.Field(("school",))},
-    dims={"mu": (), "tau": (), "theta": ("school",)},
-)
+SCHOOLS = schools(dist.HalfNormal)
 TABLE = xr.Dataset({"effect": ("school", [28.0, 8.0, -3.0, 7.0]), "sd": ("school", [15.0, 10.0, 16.0, 11.0])})
 
 TEMPLATES = {

@@ -90,7 +90,7 @@ def draw(
         check_rows(one, source)
         _check_labels(one, source)
     chains = [_Chain(one, draws, stream_seed(seed + k, "draws")) for k, one in enumerate(fits)]
-    units = {**units_of(template), **dict.fromkeys(NATS, "nat")}
+    units = units_of(template)
     with Pieces(template.row_dims[0], _coords(fits, source, draws), units, to) as pieces:
         for number, (rows, batch) in enumerate(_chunks(fits, source, draws)):
             found = [chain.rows(batch, number, refine, predictive) for chain in chains]
@@ -141,9 +141,6 @@ def _check_labels(fit: Fit, source: Any) -> None:
         raise DataError(
             listed("these data have other labels than those of the fit; select or reorder them:", faults)
         )
-
-
-NATS = ("lp", "log_q", "row_log_weight", "global_log_weight", "amortisation_gap")
 
 
 def _coords(fits: Sequence[Fit], source: Any, draws: int) -> dict[str, np.ndarray]:

@@ -12,13 +12,12 @@ from scivi.errors import Unsupported
 from scivi.inference import marginal
 from scivi.inference.capture import Function, captured, compiled
 from scivi.inference.plan import Plan
-from scivi.inference.stepper import Form
+from scivi.inference.stepper import CLOSE, Form, kind
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
 from scivi.models.guides import JointNormalGuide
 
 MANY = 2**25  # rows x nodes of a pass from which compiling repays itself in a single fit (our choice)
-CLOSE = {torch.float32: 1e-3, torch.float64: 1e-8}  # of the gradient of a chunk, relative (our choice)
 
 
 class Passes:
@@ -38,6 +37,7 @@ class Passes:
         self.names = [n for n, _ in bound.nets.named_parameters()]
         self.own = [p.detach() for p in bound.nets.parameters()] + [*bound.nets.buffers()]
         self.form: dict[int, tuple[object, ...]] = {}  # of the chunks that are compiled, by nodes
+        self.ready: dict[int, Function] = {}  # those that agreed with the eager pass of this fit
 
     def __call__(
         self, theta: Tensor, batches: Callable[[int], Iterable[Batch]], per_dim: int
@@ -64,48 +64,45 @@ class Passes:
         return value.detach(), slope
 
     def _chunk(self, at: Tensor, batch: Batch, per_dim: int) -> tuple[Tensor, Tensor]:
-        form = Form(batch, tuple((row, len(places)) for row, places in batch.index.items()))
-        if (
-            not self.wanted or self.form.setdefault(per_dim, form.key) != form.key
-        ):  # the last chunk is shorter
+        form = Form(batch, batch.index)
+        shorter = self.form.setdefault(per_dim, form.key) != form.key  # the last chunk
+        if not self.wanted or shorter:
             return self._eager(at, batch, per_dim)
-        data = [*batch.values.values(), *batch.observed_mask.values(), *batch.index.values()]
-        key = (
-            "pass",
-            per_dim,
-            self.layout,
-            *form.key,
-            *sorted(batch.sizes.items()),
-            *(t.shape for t in self.own),
-        )
-        memo = self.bound.template.memo
-        if key not in memo:
+        if per_dim not in self.ready:
             try:
-                memo[key] = self._compile(at, batch, per_dim, data)
+                self.ready[per_dim] = self._function(at, form, per_dim)
             except Unsupported:
                 self.wanted = False
                 return self._eager(at, batch, per_dim)
-        function = memo[key]
-        value, slope = function(at, *self.own, *data)
+        value, slope = self.ready[per_dim](at, *self.own, *form.tensors)
         return value, slope
 
-    def _compile(self, at: Tensor, batch: Batch, per_dim: int, data: list[Tensor]) -> Function:
-        n_values, n_masks, n_own = len(batch.values), len(batch.observed_mask), len(self.own)
-        buffers = [n for n, _ in self.bound.nets.named_buffers()]
+    def _function(self, at: Tensor, form: Form, per_dim: int) -> Function:
+        """The template's function for such a chunk, if it serves, or a new one.
 
-        def function(at: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-            held = dict(zip([*self.names, *buffers], arguments[:n_own], strict=True))
-            columns = arguments[n_own:]
-            values = dict(zip(batch.values, columns[:n_values], strict=True))
-            masks = dict(zip(batch.observed_mask, columns[n_values : n_values + n_masks], strict=True))
-            index = dict(zip(batch.index, columns[n_values + n_masks :], strict=True))
-            some = replace(batch, values=values, observed_mask=masks, index=index)
+        Raises:
+            Unsupported: it cannot be captured, or differs from the eager one.
+        """
+        memo = self.bound.template.memo
+        key = ("pass", per_dim, self.layout, form.key, *(kind(t) for t in self.own))
+        arguments = [at, *self.own, *form.tensors]
+        if key in memo and self._agrees(memo[key], arguments, form.like, per_dim):
+            return memo[key]
+        names = [*self.names, *(n for n, _ in self.bound.nets.named_buffers())]
+
+        def function(at: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            batch, index = form.filled(tensors[len(names) :])
+            held = dict(zip(names, tensors[: len(names)], strict=True))
+            some = replace(batch, index=index)
             return self.bound.holding(held, lambda: self._eager(at, some, per_dim))
 
-        arguments = [at, *self.own, *data]
-        compiled_one, _ = compiled(captured(function, arguments, owned=self.own), arguments)
-        ours, eager = compiled_one(*arguments)[1], self._eager(at, batch, per_dim)[1]
-        close = CLOSE[at.dtype]
-        if not torch.allclose(ours, eager, rtol=close, atol=close * float(eager.abs().max())):
+        memo[key], _ = compiled(captured(function, arguments, owned=self.own), arguments)
+        if not self._agrees(memo[key], arguments, form.like, per_dim):
+            del memo[key]
             raise Unsupported("the compiled pass differs from the eager one")
-        return compiled_one
+        return memo[key]
+
+    def _agrees(self, function: Function, arguments: list[Tensor], batch: Batch, per_dim: int) -> bool:
+        ours, eager = function(*arguments)[1], self._eager(arguments[0], batch, per_dim)[1]
+        close = CLOSE[eager.dtype]
+        return torch.allclose(ours, eager, rtol=close, atol=close * float(eager.abs().max()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -131,25 +131,40 @@ class Patient:
 
 @dataclass(frozen=True)
 class Form:
-    """What the arguments of a compiled function are: it can be called with others of the same form.
+    """A batch, or the resident table, and places of rows, as the arguments of a compiled function.
 
     Args:
-        like: a batch, or the resident table, whose fields and masks are arguments.
-        index: the row dims of which places are an argument, and how many for each step.
+        like: whose fields and masks are arguments.
+        index: places of rows by row dim, arguments too.
     """
 
     like: Batch
-    index: tuple[tuple[str, int], ...]
+    index: Mapping[str, Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The arguments: fields, masks, places."""
+        return [*self.like.values.values(), *self.like.observed_mask.values(), *self.index.values()]
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for forms that one function can serve."""
-        shapes = {**self.like.values, **self.like.observed_mask}
-        return (
-            *((name, tuple(t.shape)) for name, t in shapes.items()),
-            *self.like.observed_mask,
-            *self.index,
+        names = (tuple(self.like.values), tuple(self.like.observed_mask), tuple(self.index))
+        return (*names, *sorted(self.like.sizes.items()), *(kind(t) for t in self.tensors))
+
+    def filled(self, tensors: Sequence[Tensor]) -> tuple[Batch, dict[str, Tensor]]:
+        """The batch, without an index, and the places, with other tensors in their stead."""
+        rest = iter(tensors)
+        values, masks, index = (
+            {name: next(rest) for name in names}
+            for names in (self.like.values, self.like.observed_mask, self.index)
         )
+        return replace(self.like, values=values, observed_mask=masks), index
+
+
+def kind(tensor: Tensor) -> tuple[Any, ...]:
+    """What compiled code fixes of an argument: shape, dtype and device."""
+    return (tuple(tensor.shape), tensor.dtype, tensor.device)
 
 
 @dataclass(frozen=True)
@@ -222,9 +237,9 @@ class Compiled:
     def _key(self, state: State) -> tuple[Any, ...]:
         """All that a graph fixes and that may differ between fits of one template."""
         cursor = self.feed.state()
-        form, _ = self._data(1)
+        form = Form(*self.feed.ahead(1))
         self.feed.restore(cursor)
-        batch = (*form.key, *sorted(form.like.sizes.items()), self.feed.resident)
+        batch = (form.key, self.feed.resident)
         knobs = ("particles", "nodes", "clip", "optimiser", "dtype", "device", "log_every")
         plan = tuple(getattr(self.plan, name) for name in knobs)
         parameters = (*self.flat.names, *self.flat.shapes, *self.flat.buffers)
@@ -233,32 +248,30 @@ class Compiled:
     def _compile(self, state: State) -> Ready:
         """Capture and compile."""
         owned, at_once = list(state.bound.nets.parameters()), 1
-        random = random_states(self.flat.device)  # a capture is a run, which draws
-        while True:  # the first graph tells how large one step is
-            form, arguments = self._peek(state, at_once)
-            graph = captured(self._function(form, at_once), arguments, owned=owned)
-            more = _steps_at_once(len(graph.graph.nodes), self.plan.log_every) if self.feed.resident else 1
-            if at_once > 1 or more == 1:
-                break
-            at_once = more
-        function, how = compiled(graph, arguments)
-        restore_random(random)
+        random = random_states(self.flat.device)
+        try:
+            while True:  # the first graph tells how large one step is
+                form, arguments = self._peek(state, at_once)
+                graph = captured(self._function(form, at_once), arguments, owned=owned)
+                more = (
+                    _steps_at_once(len(graph.graph.nodes), self.plan.log_every) if self.feed.resident else 1
+                )
+                if at_once > 1 or more == 1:
+                    break
+                at_once = more
+            function, how = compiled(graph, arguments)
+        finally:
+            restore_random(random)  # a capture is a run, which draws, also when it is refused
         return Ready(function, how, at_once, form.key)
 
     def _peek(self, state: State, steps: int) -> tuple[Form, list[Tensor]]:
         """The arguments for the next steps; the feed stays where it is."""
         cursor = self.feed.state()
         own = self.flat.read(state)
-        form, data = self._data(steps)
+        form = Form(*self.feed.ahead(steps))
         self.feed.restore(cursor)
         window = torch.zeros(len(self.names), dtype=torch.float64, device=self.flat.device)
-        return form, [*own, window, self._numbers(state, steps), *data]
-
-    def _data(self, steps: int) -> tuple[Form, list[Tensor]]:
-        """Data of the next steps; the feed moves on."""
-        like, index = self.feed.ahead(steps)
-        rows = tuple((row, places.shape[1]) for row, places in index.items())
-        return Form(like, rows), [*like.values.values(), *like.observed_mask.values(), *index.values()]
+        return form, [*own, window, self._numbers(state, steps), *form.tensors]
 
     def _numbers(self, state: State, steps: int) -> Tensor:
         """Step length, Adam's root and KL weight of the next steps, (steps, 3)."""
@@ -270,15 +283,11 @@ class Compiled:
 
     def _function(self, form: Form, steps: int) -> Callable[..., Sequence[Tensor]]:
         """So many steps as a function of tensors alone."""
-        like, n_own = form.like, self.flat.n_flat + len(self.flat.buffers)
-        n_values, n_masks = len(like.values), len(like.observed_mask)
+        n_own = self.flat.n_flat + len(self.flat.buffers)
 
         def function(*arguments: Tensor) -> tuple[Tensor, ...]:
             own, (window, numbers, *data) = list(arguments[:n_own]), arguments[n_own:]
-            values = dict(zip(like.values, data[:n_values], strict=True))
-            masks = dict(zip(like.observed_mask, data[n_values : n_values + n_masks], strict=True))
-            places = dict(zip([row for row, _ in form.index], data[n_values + n_masks :], strict=True))
-            table = replace(like, values=values, observed_mask=masks)
+            table, places = form.filled(data)
             for k in range(steps):
                 index = {row: of[k] for row, of in places.items()}
                 batch = take(table, index, self.feed.fields) if self.feed.resident and index else table
@@ -318,19 +327,19 @@ class Compiled:
 
     def _run(self, state: State) -> None:
         cursor = self.feed.state()
-        form, data = self._data(self.ready.at_once)
+        form = Form(*self.feed.ahead(self.ready.at_once))
         if form.key != self.ready.form:  # another size of batch, or other fields with missing entries
             self.feed.restore(cursor)
             self.settle(state)
             self._build(state)
-            form, data = self._data(self.ready.at_once)
+            form = Form(*self.feed.ahead(self.ready.at_once))
         if self.own is None:
             self.own = self.flat.read(state)
             self.window = torch.zeros(len(self.names), dtype=torch.float64, device=self.flat.device)
             if state.window:
                 self.window = torch.stack([state.window[name] for name in self.names])
         numbers = self._numbers(state, self.ready.at_once)
-        *self.own, self.window = self.ready.function(*self.own, self.window, numbers, *data)
+        *self.own, self.window = self.ready.function(*self.own, self.window, numbers, *form.tensors)
         state.step += self.ready.at_once
 
     def settle(self, state: State) -> None:

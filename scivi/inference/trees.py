@@ -17,6 +17,7 @@ from scivi.models.template import Template
 
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]  # by variable: dims, and values with those dims
 SAMPLED = ("chain", "draw")
+IN_NATS = ("log_likelihood", "sample_stats")  # groups of log densities
 ZARR = 2  # format 3 has no settled text type yet
 
 
@@ -154,7 +155,7 @@ class Pieces:
 
     def _append(self, group: str, local: Named, rows: slice | None) -> None:
         coords = {**self.coords, self.row: self.coords[self.row][rows]}
-        piece = dataset(local, coords, self.units, sampled=False)
+        piece = dataset(local, coords, self._units(group, local), sampled=False)
         if group in self.begun:
             piece.to_zarr(self.store, group=group, append_dim=self.row, consolidated=False, zarr_format=ZARR)
             return
@@ -169,7 +170,7 @@ class Pieces:
         groups = {}
         for group, kept in self.parts.items():
             named = {n: (dims, self._joined(dims, values)) for n, (dims, values) in kept.items()}
-            groups[group] = dataset(named, self.coords, self.units, sampled=False)
+            groups[group] = dataset(named, self.coords, self._units(group, named), sampled=False)
         found = tree({**groups, **whole}, provenance)
         if self.store is None:
             if self.to is not None:
@@ -184,6 +185,11 @@ class Pieces:
         zarr.consolidate_metadata(str(self.store), zarr_format=ZARR)
         _put(self.store, self.to)
         return xr.open_datatree(self.to, engine="zarr", chunks=None)
+
+    def _units(self, group: str, named: Named) -> Mapping[str, str]:
+        if group not in IN_NATS:
+            return self.units
+        return {name: "nat" for name, (_, values) in named.items() if values.dtype != bool}
 
     def _joined(self, dims: tuple[str, ...], values: list[np.ndarray]) -> np.ndarray:
         return values[0] if len(values) == 1 else np.concatenate(values, dims.index(self.row))

@@ -17,7 +17,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import nn
 
-from scivi.inference import capture, stepper
+from scivi.inference import capture, loop, stepper
 from scivi.inference.loop import begin, fit, open_data, train
 from scivi.models.guides import JointNormal, MeanField, conditional_flow, flow_distribution
 from scivi.models.networks import perceptron
@@ -211,6 +211,20 @@ def test_a_captured_step_is_that_of_pyro(monkeypatch):
         losses = [cast(float, svi.step()) / n for _ in range(STEPS)]
     means = np.reshape(losses, (-1, 10)).mean(1)
     np.testing.assert_allclose([e["objective"] for e in history], means, rtol=1e-12)
+
+
+def test_a_finish_by_captured_passes_is_the_eager_one_in_either_precision(monkeypatch):
+    monkeypatch.setattr(capture, "has_compiler", lambda: False)
+    monkeypatch.setattr(loop, "FEW_ROWS", 4)
+    template, found = hierarchy(OFF), {}
+    for dtype, close in (("float32", 1e-4), ("float64", 1e-10)):  # rounding of a few dozen terms
+        for how in ("on", "off", "on"):
+            the_plan = plan(steps=20, estimator="marginal", newton=True, compile=how, dtype=dtype)
+            nets = fit(template, rows(40), the_plan, progress=False).nets.own
+            mine = torch.cat([nets.globals.loc, nets.globals.scale_tril.reshape(-1)])
+            torch.testing.assert_close(mine, found.setdefault(dtype, mine), rtol=close, atol=close)
+    passes = [key for key in template.memo if key[0] == "pass"]
+    assert len(passes) == 4  # coarse and fine nodes, in two precisions
 
 
 def test_a_long_fit_is_captured_after_a_thousand_steps_wherever_it_is_stopped(monkeypatch):

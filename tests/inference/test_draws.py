@@ -98,6 +98,16 @@ def test_row_weights_and_log_likelihood_are_those_of_scipy(exact):
     np.testing.assert_allclose(tree.sample_stats.row_log_weight, truth, atol=1e-5)  # EXACT is kept in float32
 
 
+@pytest.mark.parametrize("ending", [None, "zarr"])
+def test_log_densities_are_in_nats_and_fields_in_their_own_unit(exact, tmp_path, ending):
+    tree = predict(exact, LABELLED, 5, to=tmp_path / f"draws.{ending}" if ending else None)
+    assert {v.attrs["units"] for v in tree.log_likelihood.data_vars.values()} == {"nat"}
+    units = {str(name): v.attrs["units"] for name, v in tree.sample_stats.data_vars.items()}
+    flags = {"outside": "1", "poor": "1"}
+    assert units == dict.fromkeys(units, "nat") | flags
+    assert tree.observed_data.y.attrs["units"] == tree.posterior_predictive.y.attrs["units"] != "nat"
+
+
 def test_results_are_labelled(exact):
     tree = predict(exact, LABELLED, 7, seed=1)
     assert tree.posterior.z.dims == ("chain", "draw", "row")

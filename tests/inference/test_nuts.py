@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from scivi.errors import FitError, PlanError, TemplateError, Unsupported
 from scivi.inference.nuts import nuts
 from scivi.inference.simulate import simulate
 from scivi.models.guides import JointNormal
+from tests.schools import schools
 
 PRIOR_SD, NOISE = 3.0, 2.0
 array_stats: Any = (
@@ -100,29 +101,7 @@ def test_same_seed_same_bits_and_nothing_left_behind(backend):
     assert len(np.unique(chains[:, -1])) == 4  # chains of neighbouring seeds do not repeat each other
 
 
-@dataclass(frozen=True)
-class Prior:
-    effect_sd: float = 5.0
-    spread: float = 5.0
-
-
-def schools_model(batch, prior, nets):
-    mu = pyro.sample("mu", dist.Normal(0.0, prior.effect_sd))
-    tau = pyro.sample("tau", dist.HalfCauchy(prior.spread))
-    with batch.plate("school"):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        theta = pyro.deterministic("theta", mu + tau * z)
-        batch.observe("effect", dist.Normal(theta, batch.sd))
-
-
-SCHOOLS = scivi.Template(
-    name="eight schools",
-    rows="school",
-    model=schools_model,
-    prior=Prior(),
-    fields={"effect": scivi.Field(("school",), role="observed"), "sd": scivi.Field(("school",))},
-    dims={"mu": (), "tau": (), "theta": ("school",)},
-)
+SCHOOLS = schools()
 NAMES = [
     "Choate",
     "Deerfield",

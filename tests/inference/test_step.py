@@ -7,14 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import nn
 
 from scivi.inference.loop import _sampling, begin, open_data
 from scivi.inference.objective import prepare
 from scivi.inference.step import diagnose, random_states, restore_random
-from scivi.inputs.fields import Field
-from scivi.models.template import Template
 from tests.inference.conjugate import plan
+from tests.inference.test_loop import limited
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -39,26 +37,11 @@ def test_the_streams_of_cpu_and_device_go_back_to_where_they_stood(name):
         assert drawn() == first != second
 
 
-class Wide(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.loc = nn.Parameter(torch.tensor(0.0))
-
-
-def cliff_model(batch, prior, nets):
-    mu = pyro.sample("mu", dist.Normal(batch.y.new_tensor(0.0), 1.0))
-    with batch.plate("row"):
-        batch.observe("y", dist.Normal(mu, (batch.limit - mu).sqrt()))
-
-
 def wide_guide(batch, prior, nets):
     pyro.sample("mu", dist.Normal(nets.loc, 1.0))
 
 
-cliff = Template(
-    name="cliff", fields={"y": Field(("row",), "observed"), "limit": Field(("row",))}, rows="row",
-    model=cliff_model, guide=wide_guide, nets=lambda sizes, prior: Wide(), dims={"mu": ()},
-)  # fmt: skip
+cliff = replace(limited, guide=wide_guide)
 # The draw of the bad step exceeds a random share of the limits: only that very draw tells the same rows.
 DATA = {"y": np.zeros(200), "limit": np.linspace(0.5, 4.0, 200)}
 
