@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -75,7 +76,10 @@ _OTHERS = "; ".join(f"{name}: {', '.join(CHOICES[name])}" for name in ("optimise
 
 _seed = typer.Option(min=0, help="Seed of every random number.")
 
-TemplateName = Annotated[str, typer.Argument(metavar="TEMPLATE", help='As "module:name".')]
+TemplateName = Annotated[
+    str,
+    typer.Argument(metavar="TEMPLATE", help='As "module:name": a template, or a function from DATA to one.'),
+]
 Data = Annotated[Path, typer.Argument(metavar="DATA", help=".h5ad, .nc, .zarr, .csv, .tsv, .ecsv or .fits.")]
 Out = Annotated[Path, typer.Option("--out", help="File to write: .nc, or .zarr if draws exceed memory.")]
 Prior = Annotated[list[str], _repeated("--prior", "NAME=VALUE", "Change a number of the prior.")]
@@ -128,8 +132,7 @@ def fit(
 ) -> None:
     """Fit a template to data; leave fit, history, posterior, figures and report in a folder."""
     how = _plan(plan, setting, ctx.params)
-    what = _template(template, prior)
-    source = _opened(what, data, dim, column, select)
+    what, source = _asked(template, prior, data, dim, column, select)
     if (out / "fit").exists() and not (resume or overwrite):
         raise CheckpointError(f'"{out}" holds a fit. Choose another --out, or give --resume or --overwrite.')
     from scivi.inference.draws import predict
@@ -171,7 +174,9 @@ def draw(
     *,
     out: Out,
     more: Annotated[list[Path], _repeated("--with", "FIT", "One more fit, as a chain of its own.")],
-    template: Annotated[str | None, typer.Option(help="Its template, if the fit does not say.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Its TEMPLATE, as fit takes it, if the fit does not say.")
+    ] = None,
     refine: Annotated[
         bool, typer.Option("--refine", help="Improve poorly approximated rows one by one.")
     ] = False,
@@ -187,9 +192,12 @@ def draw(
     from scivi.inference import draws as verbs
     from scivi.inference.state import load
 
-    what = None if template is None else _template(template, [])
+    what = source = None
+    if template is not None:
+        what, source = _asked(template, [], data, dim, column, select)
     fits = [load(_fit_folder(folder), template=what) for folder in (fit, *more)]
-    source = _opened(fits[0].template, data, dim, column, select)
+    if source is None:
+        source = _opened(fits[0].template, data, dim, column, select)
     drawn = verbs.predict if ctx.info_name == "predict" else verbs.draw
     zarr = out.suffix == ".zarr"
     how: dict[str, Any] = {"seed": seed, "to": out if zarr else None, "refine": refine}
@@ -230,8 +238,7 @@ def nuts(
     quiet: Quiet = False,
 ) -> None:
     """Sample the same model by NUTS, to compare."""
-    what = _template(template, prior)
-    source = _opened(what, data, dim, column, select)
+    what, source = _asked(template, prior, data, dim, column, select)
     from scivi.inference.nuts import nuts as sampled
     from scivi.inference.state import load
 
@@ -247,7 +254,7 @@ def nuts(
     "  scivi simulate domains.astrophysics.photons:template --size source=1000 --out sim.nc"
 )
 def simulate(
-    template: TemplateName,
+    template: Annotated[str, typer.Argument(metavar="TEMPLATE", help='As "module:name".')],
     *,
     out: Annotated[
         Path, typer.Option("--out", help="File for the table; NAME_truth beside it has the truth.")
@@ -315,8 +322,10 @@ def check(
     quiet: Quiet = False,
 ) -> None:
     """Hold a template to the laws that every template obeys; exit with 1 if it breaks one."""
-    what = _template(template, prior)
-    source = None if data is None else _opened(what, data, dim, column, select)
+    if data is None:
+        what, source = _template(template, prior), None
+    else:
+        what, source = _asked(template, prior, data, dim, column, select)
     from scivi.laws import check as checked
 
     table = checked(what, like=source, seed=seed)
@@ -352,13 +361,54 @@ def main() -> None:
 
 def _template(reference: str, prior: Sequence[str]) -> Template:
     """The template called ``module:name``, with numbers of its prior replaced."""
-    from scivi.inference.state import import_template
+    from scivi.inference.state import import_template, imported
 
-    template = import_template(reference)
-    return _with_prior(template, _pairs(prior, "--prior")) if prior else template
+    found, offered = imported(reference)
+    if callable(found):
+        why = "is a function; without data a template is needed"
+        raise TemplateError(f'"{reference}" {why}. Its module has {offered}.')
+    return _with_prior(import_template(reference), prior)
 
 
-def _with_prior(template: Template, changes: Mapping[str, str]) -> Template:
+def _asked(
+    reference: str, prior: Sequence[str], path: Path, dim: list[str], column: list[str], select: list[str]
+) -> tuple[Template, Any]:
+    """The template called ``module:name``, and the data, opened; a function so called makes both of DATA."""
+    from scivi.inference.state import imported
+    from scivi.models.template import Template
+
+    template, offered = imported(reference)
+    data = path
+    if not isinstance(template, Template):
+        try:
+            signature(template).bind(path)
+        except (TypeError, ValueError):  # nothing, or nothing that can be called with one argument
+            module, _, name = reference.partition(":")
+            what = f'module "{module}" has no template "{name}", and no function of DATA so called'
+            raise TemplateError(f"{what}; it has {offered}.") from None
+        if not path.exists():
+            raise DataError(f'there is no "{path}".')
+        template, data = _made(template(path), reference)
+    template = _with_prior(template, prior)
+    return template, _opened(template, data, dim, column, select)
+
+
+def _made(found: Any, reference: str) -> tuple[Template, Any]:
+    """What a function from DATA has returned, if it is a template and data."""
+    from scivi.models.template import Template
+
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Template):
+        return found
+    kind = type(found).__name__
+    if isinstance(found, tuple):
+        kind = f"a tuple of {', '.join(type(part).__name__ for part in found) or 'nothing'}"
+    raise TemplateError(
+        f'"{reference}" returned {kind}; it must return a template and data: (template, data).'
+    )
+
+
+def _with_prior(template: Template, prior: Sequence[str]) -> Template:
+    changes = _pairs(prior, "--prior")
     known = {f.name: getattr(template.prior, f.name) for f in fields(template.prior)}
     faults, values = [], {}
     for name, text in changes.items():
@@ -378,7 +428,7 @@ def _with_prior(template: Template, changes: Mapping[str, str]) -> Template:
         values[name] = value
     if faults:
         raise TemplateError(listed(f'the prior of "{template.name}" cannot be changed so:', faults))
-    return replace(template, prior=replace(template.prior, **values))
+    return replace(template, prior=replace(template.prior, **values)) if values else template
 
 
 def _plan(file: Path | None, settings: Sequence[str], flags: Mapping[str, Any]) -> Plan:
@@ -394,15 +444,15 @@ def _plan(file: Path | None, settings: Sequence[str], flags: Mapping[str, Any]) 
         raise PlanError(f"this plan cannot be used: {error}.") from None
 
 
-def _opened(template: Template, path: Path, dim: list[str], column: list[str], select: list[str]) -> Any:
+def _opened(template: Template, data: Any, dim: list[str], column: list[str], select: list[str]) -> Any:
     from scivi.inference.loop import open_data
     from scivi.inputs.sources import arranged, as_table
 
-    table = as_table(path)
     if dim or column or select:
         chosen = {name: labels.split(",") for name, labels in _pairs(select, "--select").items()}
-        table = arranged(table, dims=_pairs(dim, "--dim"), columns=_pairs(column, "--column"), select=chosen)
-    return open_data(template, table)
+        how = {"dims": _pairs(dim, "--dim"), "columns": _pairs(column, "--column")}
+        data = arranged(as_table(data), **how, select=chosen)
+    return open_data(template, data)
 
 
 def _fit_folder(folder: Path) -> Path:

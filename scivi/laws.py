@@ -157,8 +157,11 @@ class Subject:
             values = rng.uniform(0.5, 1.5, [wanted[d] for d in field.dims])
             inside = field.support.check(torch.as_tensor(values)).all()
             if field.role == "observed" or field.default is not None or field.is_count or not bool(inside):
-                values = np.full(values.shape, field.feasible if field.default is None else field.default)
+                values = np.full(values.shape, field.assumed)
             named[name] = (field.dims, values)
+        for name, field in template.fields.items():
+            most = named[field.at_most][1] if field.at_most else np.inf
+            named[name] = (field.dims, field.as_stored(np.minimum(named[name][1], most)))
         coords = {d: np.arange(n) for d, n in wanted.items()}
         return dataset(named, coords, units_of(template), sampled=False)
 
@@ -212,7 +215,7 @@ def _few_rows(template: Template, like: Any) -> xr.Dataset:
     source, row = open_data(template, like), template.row_dims[0]
     some = evenly(source, row, min(ROWS, source.sizes[row]))
     values = some.read({})
-    named = {name: (field.dims, values[name]) for name, field in template.fields.items()}
+    named = {name: (field.dims, field.as_stored(values[name])) for name, field in template.fields.items()}
     return dataset(named, some.coords, units_of(template), sampled=False)
 
 

@@ -15,6 +15,7 @@ import xarray as xr
 from typer.testing import CliRunner
 
 from scivi.cli import app
+from scivi.errors import DataError
 from scivi.inference.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +50,18 @@ schools = Template(
     },
     dims={"mu": (), "tau": (), "theta": ("school",)},
 )
+
+def from_file(path):
+    import xarray as xr
+    from dataclasses import replace
+    table = xr.load_dataset(path, engine="h5netcdf")
+    return replace(schools, name=f"{table.sizes['school']} schools"), table.rename(sd="error")
+
+def nothing(path):
+    return None
+
+def two(path):
+    return path, schools
 """
 
 
@@ -116,7 +129,10 @@ def test_wrong_usage_is_2(arguments):
     [
         ("nowhere:template", 'no module "nowhere"'),
         ("my_model:school", 'no template "school"'),
-        ("my_model:model", "schools"),
+        ("my_model:model", "no function of DATA so called; it has ['schools']"),
+        ("my_model:dist", 'no template "dist"'),
+        ("my_model:nothing", '"my_model:nothing" returned NoneType; it must return a template and data'),
+        ("my_model:two", "returned a tuple of PosixPath, Template"),
         ("my_model", "module:name"),
         ("broken:template", "no_such_package_at_all"),
     ],
@@ -126,6 +142,33 @@ def test_a_template_that_cannot_be_found_is_1(here, template, words):
     assert words in result.stderr
     assert "Traceback" not in result.stderr
     assert not Path("out").exists()
+
+
+def test_a_function_makes_template_and_data(here, monkeypatch):
+    arguments = ("fit", "my_model:from_file", "schools.nc", "--out", "out", "--column", "sd=error")
+    seen = {}
+
+    def fit(template, source, plan, **how):
+        seen.update(template=template, source=source)
+        raise DataError("seen")
+
+    monkeypatch.setattr("scivi.inference.loop.fit", fit)
+    scivi(*arguments, "--prior", "spread=2", code=1)
+    assert (seen["template"].name, seen["template"].prior.spread) == ("40 schools", 2.0)
+    assert seen["source"].sizes == {"school": 40}
+    assert 'field "sd" is missing' in scivi(*arguments[:-2], code=1).stderr
+    assert (
+        'there is no "absent.nc"'
+        in scivi("nuts", "my_model:from_file", "absent.nc", "--out", "o", code=1).stderr
+    )
+
+
+@pytest.mark.parametrize("command", [("simulate", "--size", "school=5", "--out", "s.nc"), ("check",)])
+def test_without_data_a_template_is_needed(here, command):
+    verb, *options = command
+    told = scivi(verb, "my_model:from_file", *options, code=1).stderr
+    assert '"my_model:from_file" is a function; without data a template is needed' in told
+    assert "Its module has ['schools']." in told
 
 
 def test_data_that_do_not_fit_are_1_and_tell_every_fault(here):
@@ -293,6 +336,19 @@ def test_the_same_command_gives_the_same_draws_and_a_resumed_fit_too(here):
     one, two = (xr.open_datatree(f"{name}/posterior.nc", engine="h5netcdf") for name in ("one", "two"))
     xr.testing.assert_equal(one["posterior"].to_dataset(), two["posterior"].to_dataset())
     one.close(), two.close()
+
+
+@pytest.mark.slow
+def test_every_verb_takes_a_function_of_the_data(here):
+    made, column = ("my_model:from_file", "schools.nc"), ("--column", "sd=error", "--quiet")
+    scivi(*(FIT[0], made[0], *FIT[2:]), made[1], "--out", "out", "--no-report", *column)
+    with xr.open_datatree("out/posterior.nc", engine="h5netcdf") as tree:
+        assert json.loads(tree.attrs["provenance"])["template"] == "40 schools"
+    scivi("draw", "out", made[1], "--template", made[0], "--draws", "5", "--out", "drawn.nc", *column)
+    few = ("--draws", "5", "--warmup", "5", "--chains", "1", "--rows", "10")
+    scivi("nuts", *made, "--fit", "out", "--out", "nuts.nc", *few, *column)
+    laws = json.loads(scivi("check", made[0], "--data", made[1], "--column", "sd=error", "--json").stdout)
+    assert all(law["ok"] for law in laws)
 
 
 @pytest.mark.slow

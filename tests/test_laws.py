@@ -9,6 +9,7 @@ import pytest
 import torch
 import xarray as xr
 from torch import nn
+from torch.distributions import constraints
 
 import scivi
 from domains.astrophysics import photons
@@ -20,12 +21,34 @@ from tests.schools import schools
 SCHOOLS = schools(dist.HalfNormal)
 TABLE = xr.Dataset({"effect": ("school", [28.0, 8.0, -3.0, 7.0]), "sd": ("school", [15.0, 10.0, 16.0, 11.0])})
 
+
+def reads_model(batch, prior, nets):
+    cg, chg = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in ("cg", "chg"))
+    with batch.plate("locus"):
+        logits = torch.where(batch.context == 0, cg, chg)
+        batch.observe("methylated", dist.Binomial(batch.total, logits=logits))
+
+
+READS = scivi.Template(
+    name="reads",
+    rows="locus",
+    model=reads_model,
+    fields={
+        "methylated": scivi.Field("locus", "observed", constraints.nonnegative_integer, at_most="total"),
+        "total": scivi.Field("locus", support=constraints.positive_integer),
+        "context": scivi.Field("locus", labels=("CG", "CHG"), default="CHG"),
+        "effort": scivi.Field("locus", support=constraints.positive),
+        "used": scivi.Field("locus", support=constraints.positive, at_most="effort"),
+    },
+    dims={"cg": (), "chg": ()},
+)
 TEMPLATES = {
     "photons": photons.template,
     "photons, flat": photons.flat,
     "photons, known": photons.known,
     "schools, mean field": replace(SCHOOLS, guide=MeanField()),
     "schools, joint normal": replace(SCHOOLS, guide=JointNormal()),
+    "reads": READS,
 }
 
 
@@ -205,6 +228,19 @@ def test_a_template_that_cannot_be_bound_is_told_once():
     found = check(replace(LEVEL, model=lambda batch, prior, nets: batch.z))
     assert 'the batch has no field "z"' in str(found.detail.sel(law="sites").values)
     assert (found.detail[1:] == "not tried: the template cannot be bound").all()
+
+
+def test_laws_and_simulations_keep_to_words_and_bounds():
+    words = {"context": ("locus", ["CHG", "CG", "CHG"]), "total": ("locus", [9, 1, 5])}
+    given = {
+        "methylated": ("locus", [3, 1, 0]),
+        "effort": ("locus", np.ones(3)),
+        "used": ("locus", np.ones(3)),
+    }
+    assert check(READS, like=xr.Dataset({**words, **given})).attrs["ok"] == 1
+    table, _ = scivi.simulate(READS, {"locus": 50}, seed=1, like=xr.Dataset({**words, **given}))
+    assert table.context.values.tolist() == ["CHG", "CG", "CHG"]
+    assert (table.methylated <= table.total).all()
 
 
 def test_data_that_do_not_fit_are_the_callers_fault():

@@ -363,6 +363,10 @@ def make(
         simulate=partial(simulate, variability=variability, background=background),
         units={name: unit for name, (_, unit) in sites.items()},
         validate=bad_times,
+        made=(
+            "domains.astrophysics.light_curves:make",
+            {"variability": variability, "background": background},
+        ),
     )
 
 

@@ -273,6 +273,7 @@ def make(background: Background = "hierarchical", *, cut: int = 0, prior: Prior 
         units=units,
         sizes={"band_other": "band"},
         validate=overlapping,
+        made=("domains.astrophysics.photons:make", {"background": background, "cut": cut}),
     )
 
 

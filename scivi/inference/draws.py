@@ -344,7 +344,7 @@ def _weigh_globals(bound: Bound, source: Any, draws: int, given: Mapping[str, Te
         return None
     template, some = bound.template, next(iter(bound.example.values.values()))
     plan = marginal.layout(bound, bound.example)
-    if plan.refusal is not None:
+    if plan.refusal is not None or not plan.sites:  # with nothing to integrate, lp - log_q is it already
         return None
     per_dim = {1: 15, 2: 9}.get(plan.dims, 5)
     n_nodes = marginal.n_nodes(plan.dims, per_dim)

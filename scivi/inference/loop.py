@@ -5,6 +5,7 @@ Longer than 400 lines because the start and the finish of the globals stand besi
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -43,6 +44,7 @@ FEW_ROWS = 512  # rows up to which the population's posterior may be far from no
 FINISH_ROWS = (
     2**13
 )  # rows from which the finish takes curvature and fine nodes (our choice: 1 % in the globals' sd)
+FINISH_NODES = 2**17  # rows x nodes of the curvature, where nodes are few (our choice, likewise)
 MOST_FINE_NODES = 2**22  # rows x fine nodes of the finish (our choice: a second, 100 MB at a time)
 NODES_AT_A_TIME = 2**18  # rows x nodes held at once
 
@@ -75,6 +77,7 @@ def open_data(template: Template, data: Any) -> Any:
         name=template.name,
         sizes=template.sizes,
         validate=template.validate,
+        distinct=template.distinct,
     )
 
 
@@ -288,7 +291,8 @@ def _spread_rows(source: Any, bound: Bound, most: int) -> Callable[[int], Iterat
     places = np.unique(np.linspace(0, source.sizes[first] - 1, min(most, source.sizes[first])).astype(int))
 
     def passes(per_dim: int) -> Iterator[Batch]:
-        size = max(64, NODES_AT_A_TIME // max(1, marginal.n_nodes(dims, per_dim)))
+        most = max(64, NODES_AT_A_TIME // max(1, marginal.n_nodes(dims, per_dim)))
+        size = len(places) // math.ceil(len(places) / most)  # equal chunks, and a few rows left over
         for start in range(0, len(places), size):
             index = {first: places[start : start + size]}
             yield make_batch(
@@ -428,15 +432,19 @@ def _rows_of(bound: Bound, source: Any, plan: Plan) -> marginal.Rows:
     """Passes over all rows, and over as many as curvature and fine nodes are worth."""
     n = source.sizes[bound.template.row_dims[0]]
     dims = marginal.layout(bound, bound.example).dims
-    some = min(n, FINISH_ROWS, max(1, MOST_FINE_NODES // marginal.n_nodes(dims, 2 * plan.nodes + 1)))
+    coarse = marginal.n_nodes(dims, marginal.training_nodes(dims, plan.nodes))
+    most = MOST_FINE_NODES // marginal.n_nodes(dims, 2 * plan.nodes + 1)
+    some = min(n, max(1, most), max(FINISH_ROWS, FINISH_NODES // coarse))
     return marginal.Rows(_spread_rows(source, bound, n), _spread_rows(source, bound, some), n / some)
 
 
 def _identity(template: Template, source: Any, plan: Plan) -> dict[str, Any]:
     """What a resumed fit must share with the one that was begun."""
     free = {"save_every_s", "device"}
+    made = template.made and [template.made[0], dict(template.made[1])]
     return {
         "template": template.name,
+        "made": made,
         "prior": template.prior_numbers(),
         "plan": {k: v for k, v in plan.to_dict().items() if k not in free},
         "data": {"fingerprint": source.fingerprint, "sizes": dict(source.sizes)},

@@ -84,9 +84,16 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All local noise of a guide, or why it cannot be laid out (``refusal``)."""
+    """All local noise of a guide, or why it cannot be laid out (``refusal``).
+
+    Args:
+        sites: of the guide, in a row dim; none if rows have no latent, so that nothing is to be integrated.
+        row_dims: the dims whose rows are summed.
+        refusal: why not.
+    """
 
     sites: tuple[Noise, ...] = ()
+    row_dims: tuple[str, ...] = ()
     refusal: str | None = None
 
     @property
@@ -120,10 +127,12 @@ def layout(bound: Bound, batch: Batch) -> Layout:
         sites.append(Noise(name, (*spread, *event), start, row_dim, plates[row_dim], bound.nesting))
         start += sites[-1].size
     if not sites:
-        return Layout(refusal="there is no latent per row")
+        if bound.local or global_module(bound) is None:
+            return Layout(refusal="there is no latent per row, nor a joint normal of all globals")
+        return Layout(row_dims=rows)
     if start > MOST_DIMS:
         return Layout(refusal=f"{start} latents per row are too many to integrate (at most {MOST_DIMS})")
-    return Layout(tuple(sites))
+    return Layout(tuple(sites), tuple(dict.fromkeys(s.row_dim for s in sites)))
 
 
 def nodes(
@@ -138,6 +147,8 @@ def nodes(
         n_random: scrambled Sobol nodes where ``dims`` is above the grid's limit.
         shift: uniform numbers (dims,) that move those around the unit cube, which makes their sums unbiased.
     """
+    if dims == 0:
+        return like.new_zeros(1, 0), like.new_zeros(1)
     if dims <= GRID_DIMS:
         x, w = np.polynomial.hermite_e.hermegauss(per_dim)
         grid = np.stack(np.meshgrid(*[x] * dims, indexing="ij"), -1).reshape(-1, dims)
@@ -197,7 +208,7 @@ def run_guide(
             they are put and only the density has a gradient.
     """
     noise = {s.name: s for s in plan.sites}
-    density: dict[str, Tensor] = {s.row_dim: torch.zeros(()) for s in plan.sites}
+    density = {dim: points.new_zeros(len(points), 1) for dim in plan.row_dims}
 
     def place(name: str, fn: Any) -> Tensor:
         if fixed and name in fixed:
@@ -218,7 +229,7 @@ def run_guide(
         [*noise, *(fixed or {})], place
     ):  # the trace records a value before the guide's code sees it detached
         trace = poutine.trace(_ShownDetached(bound.template.row_dims)(bound.guide)).get_trace(batch)
-    return trace, {dim: value.expand(len(points), -1) for dim, value in density.items()}
+    return trace, density
 
 
 def run_model(
@@ -280,7 +291,7 @@ def objective(
     values = latent_values(guide)
     model = run_model(bound, batch, values)
     marginal, own = torch.zeros(()), torch.zeros(())
-    for row_dim in {s.row_dim for s in plan.sites}:
+    for row_dim in plan.row_dims:
         scale, log_q = row_scale(batch, row_dim), density[row_dim]
         weight = _rows(model, bound, batch, row_dim) - log_q.detach() + log_w[:, None]
         marginal = marginal + scale * torch.logsumexp(weight, 0).sum()
@@ -359,7 +370,7 @@ def log_marginal(
         bound, batch, {**latent_values(guide), **latent_values(_population(module, theta, batch))}
     )
     out = theta.new_zeros(())
-    for row_dim in {s.row_dim for s in plan.sites}:
+    for row_dim in plan.row_dims:
         weight = _rows(model, bound, batch, row_dim) - density[row_dim]
         out = out + torch.logsumexp(weight + log_w[:, None], 0).sum()
     return out
@@ -434,7 +445,7 @@ def newton_finish(
         absent = "no full-rank joint normal holds all globals (scivi.models.guides.global_normal)"
         raise Unsupported(f"the Newton finish cannot be had: {plan.refusal or absent}.")
     coarse, n_fine = training_nodes(plan.dims, per_dim), 2 * per_dim + 1
-    fine = fine and plan.dims <= GRID_DIMS  # random nodes are no finer for that
+    fine = fine and 0 < plan.dims <= GRID_DIMS  # random nodes are no finer for that
 
     def derivatives(
         theta: Tensor, batches: Callable[[int], Iterable[Batch]], n: int, curved: bool
@@ -463,7 +474,7 @@ def newton_finish(
     def of_prior(at: Tensor) -> Iterator[Tensor]:
         yield log_prior(bound, module, at, bound.example)
 
-    theta, step_sd, taken = module.loc.detach().double(), math.inf, 0
+    theta, step_sd, taken, stale = module.loc.detach().double(), math.inf, 0, False
     (value, slope), covariance = posterior(theta), covariance_at(theta)
     while taken < max_steps:
         step, sd = covariance @ slope, covariance.diagonal().sqrt()
@@ -475,9 +486,11 @@ def newton_finish(
             not (ahead := posterior(theta + length * step))[0] >= enough and length > 1e-4
         ):  # NaN is not enough
             length *= 0.5
-        theta, (value, slope), taken = theta + length * step, ahead, taken + 1
-        if step_sd > _STALE:
-            covariance = covariance_at(theta)
+        moved, turned = length * step, slope - ahead[1]
+        theta, (value, slope), taken = theta + moved, ahead, taken + 1
+        covariance, stale = _secant(covariance, moved, turned), stale or step_sd > _STALE
+    if stale:
+        covariance = covariance_at(theta)
     difference, node_error = torch.zeros_like(slope), math.nan
     if fine:
         (v_fine, s_fine), (v, s) = (sloped(theta, rows.some, n) for n in (n_fine, coarse))
@@ -487,6 +500,18 @@ def newton_finish(
     evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
     loc, covariance = theta.to(module.loc), covariance.to(module.loc)
     return Newton(loc, covariance, step_sd, taken, n_fine if fine else coarse, node_error, evidence)
+
+
+def _secant(covariance: Tensor, step: Tensor, turned: Tensor) -> Tensor:
+    """An inverse curvature corrected by how a step turned the slope (Broyden, Fletcher, Goldfarb, Shanno).
+
+    Left alone where the slope did not turn as that of a peak does.
+    """
+    size = step @ turned
+    if not size > 1e-3 * (step @ torch.linalg.solve(covariance, step)):
+        return covariance
+    keep = torch.eye(len(step), dtype=step.dtype) - torch.outer(step, turned) / size
+    return keep @ covariance @ keep.T + torch.outer(step, step) / size
 
 
 def differentiate(

@@ -56,7 +56,7 @@ def refine_rows(
         draws: how many.
     """
     plan = marginal.layout(bound, batch)
-    if plan.refusal is not None:
+    if plan.refusal is not None or not plan.sites:
         return None
     row = bound.template.row_dims[0]
     index = batch.index.get(row, torch.arange(batch.sizes[row], device=rows.device))

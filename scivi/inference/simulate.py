@@ -46,10 +46,11 @@ def simulate(
     units = units_of(template)
     values = {n: batch.values[n] for n, f in template.fields.items() if f.role == "given"}
     values |= {n: value_of(trace, n) for n in template.observed}
-    table = {
-        n: (template.fields[n].dims, v.numpy().reshape(shape_of(template, template.fields[n].dims, batch)))
-        for n, v in values.items()
-    }
+    table = {}
+    for n, v in values.items():
+        declared = template.fields[n]
+        entries = v.numpy().reshape(shape_of(template, declared.dims, batch))
+        table[n] = (declared.dims, declared.as_stored(entries))
     truth = {
         n: (d, value_of(trace, n).numpy().reshape(shape_of(template, d, batch)))
         for n, d in template.dims.items()
@@ -75,8 +76,5 @@ def _blank(template: Template, sizes: Mapping[str, int], like: Any) -> Batch:
     absent = sorted({d for f in template.fields.values() for d in f.dims} - set(sizes))
     if absent:
         raise TemplateError(f'simulate needs the size of {absent}: pass sizes={{"{absent[0]}": ...}}.')
-    values = {
-        n: torch.full([sizes[d] for d in f.dims], f.feasible if f.default is None else f.default)
-        for n, f in template.fields.items()
-    }
+    values = {n: torch.full([sizes[d] for d in f.dims], f.assumed) for n, f in template.fields.items()}
     return Batch(values, {}, sizes, template.row_dims)

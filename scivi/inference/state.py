@@ -14,7 +14,9 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -278,11 +280,11 @@ def reference_of(template: Template) -> str | None:
     return None
 
 
-def import_template(reference: str) -> Template:
-    """The template that ``module:name`` names.
+def imported(reference: str) -> tuple[Any, str]:
+    """What ``module:name`` names, None if nothing; and in words, the templates that the module has.
 
     Raises:
-        TemplateError: there is no such module or name; the message lists the templates that the module has.
+        TemplateError: there is no such module.
     """
     module_name, _, name = reference.partition(":")
     if not name:
@@ -295,11 +297,55 @@ def import_template(reference: str) -> Template:
         raise TemplateError(
             f'there is no module "{module_name}" ({error}); is its folder on the path?'
         ) from None
-    found = getattr(module, name, None)
+    offered = sorted(k for k, v in vars(module).items() if isinstance(v, Template))
+    return getattr(module, name, None), str(offered or "none")
+
+
+def import_template(reference: str) -> Template:
+    """The template that ``module:name`` names.
+
+    Raises:
+        TemplateError: there is no such module or name; the message lists the templates that the module has.
+    """
+    found, offered = imported(reference)
     if not isinstance(found, Template):
-        offered = sorted(k for k, v in vars(module).items() if isinstance(v, Template))
-        raise TemplateError(f'module "{module_name}" has no template "{name}"; it has {offered or "none"}.')
+        module_name, _, name = reference.partition(":")
+        raise TemplateError(f'module "{module_name}" has no template "{name}"; it has {offered}.')
     return found
+
+
+def made_again(maker: str, settings: Mapping[str, Any]) -> Template:
+    """The template that the function called ``module:name`` makes with these settings.
+
+    Raises:
+        TemplateError: there is no such function, or it makes none with them.
+    """
+    found, _ = imported(maker)
+    try:
+        template = found(**settings)
+    except TypeError as error:  # it is no function, or its arguments have changed
+        raise TemplateError(f'"{maker}" makes no template of {dict(settings)}: {error}.') from None
+    if not isinstance(template, Template):
+        raise TemplateError(f'"{maker}" makes {type(template).__name__}, not a Template.')
+    return template
+
+
+def _is_as_made(template: Template) -> bool:
+    """Whether the maker, if there is one, makes a template of the same functions, names and dims."""
+    if template.made is None or template.made[0].startswith("__main__:"):
+        return False
+    parts = ("name", "rows", "dims", "model", "guide", "nets", "simulate", "validate")
+    try:
+        again = made_again(*template.made)
+        return all(_by_name(getattr(again, part)) == _by_name(getattr(template, part)) for part in parts)
+    except (ValueError, RuntimeError, LookupError, OSError):  # the maker's; a fit is saved all the same
+        return False
+
+
+def _by_name(part: Any) -> Any:
+    """A function, or what ``partial`` makes of one, by its name; anything else as it is."""
+    part = part.func if isinstance(part, partial) else part
+    return (part.__module__, part.__qualname__) if isinstance(part, FunctionType) else part
 
 
 def save(fit: Fit, directory: str | Path) -> Path:
@@ -324,11 +370,13 @@ def save(fit: Fit, directory: str | Path) -> Path:
     tensors |= {f"seen.{k}": v for k, v in fit.seen.items()}
     content = to_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     name = f"tensors-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+    made = fit.template.made if _is_as_made(fit.template) else None  # a part may have been replaced since
     meta = {
         "format": FORMAT,
         "tensors": name,
         "template": fit.template.name,
-        "reference": reference_of(fit.template),
+        "made": made and [made[0], dict(made[1])],
+        "reference": None if made else reference_of(fit.template),
         "prior": fit.template.prior_numbers(),
         "plan": fit.plan.to_dict(),
         "sizes": dict(fit.sizes),
@@ -350,8 +398,8 @@ def load(directory: str | Path, template: Template | None = None) -> Fit:
 
     Args:
         directory: of the fit.
-        template: the template, if it cannot be imported by the name under which it was saved (a notebook's
-            own).
+        template: the template, if it can be neither imported by the name under which it was saved nor made
+            again (a notebook's own).
 
     Raises:
         CheckpointError: nothing or something damaged is there; the template has changed since.
@@ -366,6 +414,8 @@ def load(directory: str | Path, template: Template | None = None) -> Fit:
         raise CheckpointError(f'"{directory / "fit.json"}" is damaged: {error}.') from None
     if meta["format"] != FORMAT:
         raise CheckpointError(f'"{directory}" has format {meta["format"]}; this version reads {FORMAT}.')
+    if template is None and meta.get("made"):
+        template = made_again(*meta["made"])
     if template is None:
         if meta["reference"] is None:
             raise CheckpointError(

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scivi.errors import DataError, Unsupported
-from scivi.inputs.columns import Column, Table, from_array, from_disk, from_sparse, numbers
+from scivi.inputs.columns import (
+    Column,
+    Table,
+    from_array,
+    from_categories,
+    from_disk,
+    from_series,
+    from_sparse,
+)
 from scivi.inputs.sparse import on_disk
 
 _GROUPS = {"layers": ("obs", "var"), "obsm": ("obs",), "varm": ("var",)}
@@ -22,10 +29,7 @@ def of_anndata(adata: Any) -> Table:
             "a view of a backed AnnData cannot be streamed. Pass the whole, or its to_memory()."
         )
     columns: dict[str, Column] = {}
-    labels = {
-        "obs": lambda: np.asarray(adata.obs_names, str),
-        "var": lambda: np.asarray(adata.var_names, str),
-    }
+    labels = {axis: from_array(getattr(adata, f"{axis}_names"), (axis,)) for axis in ("obs", "var")}
     if adata.isbacked:
         columns["X"] = _of_element(adata.file["X"], ("obs", "var"))
     elif adata.X is not None:
@@ -35,11 +39,11 @@ def of_anndata(adata: Any) -> Table:
             name = f"{place}/{key}"
             own = dims if len(dims) == 2 else (*dims, *(f"{name}#{k}" for k in range(1, np.ndim(value))))
             if hasattr(value, "columns"):  # a DataFrame: its columns are the labels of the second axis
-                labels[own[1]] = lambda value=value: np.asarray(value.columns, str)
+                labels[own[1]] = from_array(np.asarray(value.columns, str), own[1:])
                 value = value.to_numpy()
             columns[name] = from_array(value, own)
     for place, frame in (("obs", adata.obs), ("var", adata.var)):
-        columns |= {f"{place}/{key}": from_array(numbers(frame[key]), (place,)) for key in frame.columns}
+        columns |= {f"{place}/{key}": from_series(frame[key], (place,)) for key in frame.columns}
     for key, value in adata.uns.items():
         if isinstance(value, int | float | np.ndarray | np.number):
             columns[f"uns/{key}"] = from_array(value, tuple(f"uns/{key}#{k}" for k in range(np.ndim(value))))
@@ -59,8 +63,10 @@ def of_h5ad(path: Path) -> Table:
 def of_group(group: Any) -> Table:
     """The table of an AnnData stored in an HDF5 or zarr group."""
     columns: dict[str, Column] = {}
-    labels: dict[str, Callable[[], np.ndarray]] = {
-        axis: (lambda axis=axis: _labels(group[axis])) for axis in ("obs", "var") if axis in group
+    labels = {
+        axis: _of_element(group[axis][group[axis].attrs["_index"]], (axis,))
+        for axis in ("obs", "var")
+        if axis in group
     }
     if "X" in group and _encoding(group["X"]) != "null":
         columns["X"] = _of_element(group["X"], ("obs", "var"))
@@ -69,7 +75,7 @@ def of_group(group: Any) -> Table:
             element, name = group[place][key], f"{place}/{key}"
             own = dims if len(dims) == 2 else (*dims, *(f"{name}#{k}" for k in range(1, _n_axes(element))))
             if _encoding(element) == "dataframe":
-                labels[own[1]] = lambda element=element: np.asarray(list(element.attrs["column-order"]), str)
+                labels[own[1]] = from_array(list(element.attrs["column-order"]), own[1:])
             columns[name] = _of_element(element, own)
     for place in ("obs", "var"):
         for key in group[place].attrs["column-order"] if place in group else ():
@@ -81,7 +87,7 @@ def of_group(group: Any) -> Table:
     return _table(columns, labels)
 
 
-def _table(columns: dict[str, Column], labels: dict[str, Any]) -> Table:
+def _table(columns: dict[str, Column], labels: dict[str, Column]) -> Table:
     loose = frozenset(d for column in columns.values() for d in column.dims if d != "obs")
     return Table(columns, labels, row="obs", loose=loose, what="AnnData")
 
@@ -94,29 +100,25 @@ def _n_axes(element: Any) -> int:
     return 2 if _encoding(element) in ("dataframe", "csr_matrix", "csc_matrix") else element.ndim
 
 
-def _labels(frame: Any) -> np.ndarray:
-    from anndata.io import read_elem
-
-    return np.asarray(read_elem(frame[frame.attrs["_index"]]))
-
-
 def _of_element(element: Any, dims: tuple[str, ...]) -> Column:
     encoding = _encoding(element)
     if encoding in ("csr_matrix", "csc_matrix"):
         return _of_sparse(element, dims, by_rows=encoding == "csr_matrix")
     if encoding == "dataframe":
         return _of_frame(element, dims)
-    if encoding in ("nullable-integer", "nullable-boolean"):
-        values, mask = element["values"], element["mask"]
-        return from_disk(
-            lambda key: np.where(mask[key], np.nan, values[key]), dims, values.shape, np.dtype(float)
-        )
-    if encoding not in ("array", "numeric-scalar"):  # text, categories: kept so that messages can name them
-        shape = element["codes"].shape if encoding == "categorical" else getattr(element, "shape", ())
-        return Column(dims, tuple(shape), np.dtype(object), lambda index: np.empty(shape, object))
-    return from_disk(
-        lambda key: np.asarray(element[key]), dims, tuple(element.shape), np.dtype(element.dtype)
-    )
+    if encoding in ("nullable-integer", "nullable-boolean", "nullable-string-array"):
+        values, mask, text = element["values"], element["mask"], encoding == "nullable-string-array"
+        gap = np.array(None if text else np.nan)
+        dtype = np.dtype(object if text else float)
+        return from_disk(lambda key: np.where(mask[key], gap, values[key]), dims, values.shape, dtype)
+    if encoding == "categorical":
+        categories = _of_element(element["categories"], ("category",))
+        return from_categories(_of_element(element["codes"], dims), lambda: categories.get([None]))
+    if encoding not in ("array", "string-array", "numeric-scalar"):  # kept so that messages can name them
+        shape = tuple(getattr(element, "shape", ()))
+        return Column(dims, shape, np.dtype(object), lambda index: np.empty(shape, object))
+    read = element.asstr() if element.dtype.kind == "O" and hasattr(element, "asstr") else element  # HDF5
+    return from_disk(lambda key: np.asarray(read[key]), dims, tuple(element.shape), np.dtype(element.dtype))
 
 
 def _of_frame(group: Any, dims: tuple[str, ...]) -> Column:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from scivi.errors import DataError, listed
+from scivi.inputs.fields import as_word
 from scivi.inputs.sparse import GAP, Sparse, in_memory
 
 Index = Sequence[np.ndarray | None]  # per axis the places wanted, in any order; None for all of them
@@ -26,6 +27,9 @@ class Column:
         get: entries at the places wanted, a new array each time.
         scan: axis along which a few rows can only be read by reading all (compressed the other way), or None.
         sparse: the same entries by rows without making them dense, where that is how they are held.
+        codes: the same entries as places in ``categories`` (-1 where missing), if that is how they are held.
+        categories: reads the words that the codes stand for.
+        said: of a column of the places of labels, the words as they were.
     """
 
     dims: tuple[str, ...]
@@ -34,6 +38,9 @@ class Column:
     get: Callable[[Index], np.ndarray]
     scan: int | None = None
     sparse: Sparse | None = None
+    codes: Callable[[Index], np.ndarray] | None = None
+    categories: Callable[[], np.ndarray] | None = None
+    said: Callable[[Index], np.ndarray] | None = None
 
     @property
     def numeric(self) -> bool:
@@ -47,7 +54,7 @@ class Table:
 
     Args:
         columns: by name. AnnData's have a place before the name: "layers/counts".
-        labels: by dim, a function that reads its labels.
+        labels: by dim, the column of its labels.
         row: the axis that takes the name of the template's first row dim, if no dim has that name.
         loose: axes without a name of their own, which take the names that a field declares, in order.
         lines: whether it is a list of lines, which is pivoted if it has a column for each dim of a matrix.
@@ -55,7 +62,7 @@ class Table:
     """
 
     columns: Mapping[str, Column]
-    labels: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=lambda: MappingProxyType({}))
+    labels: Mapping[str, Column] = field(default_factory=lambda: MappingProxyType({}))
     row: str | None = None
     loose: frozenset[str] = frozenset()
     lines: bool = False
@@ -90,13 +97,56 @@ def from_sparse(sparse: Sparse, dims: tuple[str, ...]) -> Column:
     return Column(dims, sparse.shape, sparse.dtype, get, sparse=sparse)
 
 
-def numbers(series: Any) -> np.ndarray:
-    """Entries of a pandas Series: nullable numbers become floats with NaN, anything else stays as it is."""
+def from_categories(codes: Column, categories: Callable[[], np.ndarray]) -> Column:
+    """A column of words that are held as places in a list, -1 where one is missing."""
+
+    def get(index: Index) -> np.ndarray:
+        return words_at(codes.get(index), categories())
+
+    own = {"codes": codes.get, "categories": categories}
+    return Column(codes.dims, codes.shape, np.dtype(object), get, **own)
+
+
+def words_at(places: np.ndarray, words: Iterable[Any]) -> np.ndarray:
+    """The words at these places, None where a place is -1."""
+    return np.array([*words, None], object)[places]
+
+
+def labelled(column: Column, labels: Sequence[str]) -> Column:
+    """The place of each word among the labels: NaN where it is missing, -1 where it is none of them."""
     import pandas as pd
 
+    places = {"": np.nan} | {label: place for place, label in enumerate(labels)}
+
+    def placed(words: Iterable[Any]) -> np.ndarray:  # with one more for code -1, which is a missing word
+        return np.array([*(places.get(as_word(word), -1) for word in words), np.nan], np.float32)
+
+    def of_words(index: Index) -> np.ndarray:
+        entries = column.get(index)
+        flat = entries.ravel() if entries.dtype.kind in "biuf" else entries.astype(object).ravel()
+        codes, words = pd.factorize(flat)
+        return placed(words)[codes].reshape(entries.shape)
+
+    codes = column.codes
+    of_codes = None if column.categories is None else placed(column.categories())
+    get = of_words if codes is None or of_codes is None else lambda index: of_codes[codes(index)]
+    return Column(column.dims, column.shape, np.dtype(np.float32), get, column.scan, said=column.get)
+
+
+def from_series(series: Any, dims: tuple[str, ...]) -> Column:
+    """A column of a pandas Series: categories stay codes.
+
+    Nullable numbers become floats with NaN, anything else stays as it is.
+    """
+    import pandas as pd
+
+    if isinstance(series.dtype, pd.CategoricalDtype) and series.cat.categories.dtype.kind not in "biuf":
+        codes = from_array(series.cat.codes, dims)
+        return from_categories(codes, lambda: np.asarray(series.cat.categories))
     if pd.api.types.is_extension_array_dtype(series.dtype) and pd.api.types.is_numeric_dtype(series.dtype):
-        return series.to_numpy(dtype=float if series.isna().any() else None, na_value=np.nan)
-    return np.asarray(series)
+        plain = series.to_numpy(dtype=float if series.isna().any() else None, na_value=np.nan)
+        return from_array(plain, dims)
+    return from_array(series, dims)
 
 
 def from_disk(
@@ -169,7 +219,7 @@ def arranged(
     places: dict[str, np.ndarray] = {}
     for d, wanted in select.items():
         if d in sizes:
-            labels = table.labels[d]() if d in table.labels else np.arange(sizes[d])
+            labels = table.labels[d].get([None]) if d in table.labels else np.arange(sizes[d])
             places[d] = _places(labels, d, wanted, faults)
         elif d in listing and table.row is not None:
             labels = table.columns[d].get([None]).astype(str)
@@ -180,9 +230,9 @@ def arranged(
         raise DataError(listed("the table cannot be arranged so:", faults))
     chosen = {**table.columns, **{name: table.columns[place] for name, place in columns.items()}}
     chosen |= {new: table.columns[old] for old, new in dims.items() if old in listing}
-    labels_of = {dims.get(d, d): _labels_at(read, places.get(d)) for d, read in table.labels.items()}
+    labels_of = {dims.get(d, d): _renamed(_kept(c, places), dims) for d, c in table.labels.items()}
     for d, kept in places.items():  # a dim without labels keeps the numbers of its rows
-        labels_of.setdefault(dims.get(d, d), lambda kept=kept: kept)
+        labels_of.setdefault(dims.get(d, d), from_array(kept, (dims.get(d, d),)))
     return replace(
         table,
         columns={name: _renamed(_kept(column, places), dims) for name, column in chosen.items()},
@@ -200,10 +250,6 @@ def _places(labels: np.ndarray, dim: str, wanted: Sequence[Any], faults: list[st
     return np.array([place[str(w)] for w in wanted if str(w) in place], dtype=np.int64)
 
 
-def _labels_at(read: Callable[[], np.ndarray], kept: np.ndarray | None) -> Callable[[], np.ndarray]:
-    return read if kept is None else lambda: read()[kept]
-
-
 def _renamed(column: Column, dims: Mapping[str, str]) -> Column:
     return replace(column, dims=tuple(dims.get(d, d) for d in column.dims))
 
@@ -213,10 +259,14 @@ def _kept(column: Column, places: Mapping[str, np.ndarray]) -> Column:
     if all(k is None for k in kept):
         return column
 
-    def get(index: Index) -> np.ndarray:
-        pairs = zip(kept, index, strict=True)
-        return column.get([i if k is None else (k if i is None else k[i]) for k, i in pairs])
+    def at(read: Callable[[Index], np.ndarray]) -> Callable[[Index], np.ndarray]:
+        def get(index: Index) -> np.ndarray:
+            pairs = zip(kept, index, strict=True)
+            return read([i if k is None else (k if i is None else k[i]) for k, i in pairs])
+
+        return get
 
     shape = tuple(n if k is None else len(k) for n, k in zip(column.shape, kept, strict=True))
     sparse = column.sparse and column.sparse.chosen(*kept)
-    return replace(column, shape=shape, get=get, sparse=sparse)
+    codes = column.codes and at(column.codes)
+    return replace(column, shape=shape, get=at(column.get), sparse=sparse, codes=codes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch.distributions import constraints
 
 from scivi.errors import DataError, TemplateError, listed
 
+_SHOWN, _FEW = 20, 4  # labels that a message lists, and words that are none of them
 RESERVED = ("plate", "observe", "sizes", "rows", "index", "values", "observed_mask", "predicting", "to")
 
 
@@ -26,6 +27,9 @@ class Field:
         unit: physical unit, "1" if none.
         doc: one sentence of what it is.
         default: value of a given field that the table may leave out; None if it must be there.
+        labels: the words that its entries may be, if they are words: text, categories, or whole numbers so
+            written. The model sees their places (0, 1, ...).
+        at_most: name of another field with the same dims, above which no entry of this one may be.
     """
 
     dims: tuple[str, ...]
@@ -33,11 +37,18 @@ class Field:
     support: constraints.Constraint = constraints.real
     unit: str = "1"
     doc: str = ""
-    default: float | None = None
+    default: float | str | None = None
+    labels: tuple[str, ...] = ()
+    at_most: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", (self.dims,) if isinstance(self.dims, str) else tuple(self.dims))
-        faults = []
+        object.__setattr__(self, "labels", tuple(self.labels))
+        faults = self._faults_of_labels()
+        if self.labels and not faults:
+            object.__setattr__(self, "support", constraints.nonnegative_integer)
+            if isinstance(self.default, str):
+                object.__setattr__(self, "default", float(self.labels.index(self.default)))
         if self.role not in ("observed", "given"):
             faults.append(f'role is {self.role!r}; it must be "observed" or "given"')
         if len(set(self.dims)) < len(self.dims):
@@ -46,6 +57,21 @@ class Field:
             faults.append("an observed field has no default: leave entries missing instead")
         if faults:
             raise TemplateError(listed("Field(...) cannot be used:", faults))
+
+    def _faults_of_labels(self) -> list[str]:
+        if not self.labels:
+            text = isinstance(self.default, str)
+            return [f"default is {self.default!r}; only a field with labels has one in words"] if text else []
+        faults = []
+        if len({word for word in self.labels if isinstance(word, str) and word}) < len(self.labels):
+            faults.append(f"labels are {self.labels}; they must be different words")
+        if self.support not in (constraints.real, constraints.nonnegative_integer) or self.at_most:
+            faults.append(
+                "it has labels, which are their own support and have no order: leave support and at_most"
+            )
+        if self.default is not None and self.default not in (*self.labels, *range(len(self.labels))):
+            faults.append(f"default is {self.default!r}; it must be {self.expected}, or the place of one")
+        return faults
 
     @property
     def is_count(self) -> bool:
@@ -58,8 +84,37 @@ class Field:
         lower, upper = getattr(self.support, "lower_bound", None), getattr(self.support, "upper_bound", None)
         if lower is None:
             return 0.0 if upper is None else float(upper) - 1.0
+        if self.is_count and (self.labels or self.at_most):  # a place in any case; no count is less
+            return float(lower)
         value = float(lower) + (1.0 if upper is None else 0.5 * (float(upper) - float(lower)))
         return float(np.floor(value)) if self.is_count else value
+
+    @property
+    def assumed(self) -> float:
+        """What every entry is where nothing is known: the default, or else a feasible value."""
+        return self.feasible if self.default is None else float(self.default)
+
+    @property
+    def expected(self) -> str:
+        """What its entries must be, for messages: "numbers > 0", "one of CG, CHG, CHH"."""
+        return f"one of {_some(self.labels)}" if self.labels else describe_support(self.support)
+
+    def as_stored(self, values: np.ndarray) -> np.ndarray:
+        """Entries as a table holds them: the labels at these places (none where missing), or the numbers."""
+        if not self.labels:
+            return values
+        return np.array([*self.labels, ""])[np.nan_to_num(values, nan=-1).astype(np.int64)]
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:_SHOWN]) + (", ..." if len(labels) > _SHOWN else "")
+
+
+def as_word(entry: Any) -> str:
+    """An entry of a column of words as text: bytes decoded, whole numbers without a point."""
+    if isinstance(entry, bytes):
+        return entry.decode(errors="replace")
+    return str(int(entry) if isinstance(entry, float | np.floating) and entry.is_integer() else entry)
 
 
 def describe_support(support: constraints.Constraint) -> str:
@@ -100,7 +155,13 @@ def check_fields(fields: Mapping[str, Field]) -> list[str]:
         for name, f in fields.items()
         if not isinstance(f, Field)
     ]
-    if not any(isinstance(f, Field) and f.role == "observed" for f in fields.values()):
+    known = {name: f for name, f in fields.items() if isinstance(f, Field)}
+    for name, f in known.items():
+        most = known.get(f.at_most)
+        if f.at_most and (most is None or most.dims != f.dims):
+            why = "which is no field" if most is None else f"which has dims {most.dims} and not {f.dims}"
+            faults.append(f'field "{name}" is at most "{f.at_most}", {why}')
+    if not any(f.role == "observed" for f in known.values()):
         faults.append('no field has role="observed": there would be nothing to learn from')
     return faults
 
@@ -116,14 +177,35 @@ class Tally:
 
     def __init__(self, name: str, field: Field, dims: tuple[str, ...] | None = None) -> None:
         self.name, self.field, self.dims = name, field, field.dims if dims is None else dims
-        self.entries = self.outside = self.missing = 0
+        self.entries = self.outside = self.missing = self.above = 0
         self.wrapped = False
         self.first: dict[str, str] = {}
+        self.strange: list[str] = []
 
-    def add(self, values: np.ndarray, start: Sequence[int] = ()) -> None:
-        """Count a chunk whose first entry stands at ``start`` (zeros if left out)."""
+    def add(
+        self,
+        values: np.ndarray,
+        start: Sequence[int] = (),
+        *,
+        most: np.ndarray | None = None,
+        said: Callable[[], np.ndarray] | None = None,
+    ) -> None:
+        """Count a chunk.
+
+        Args:
+            values: its entries.
+            start: place of the first; zeros if left out.
+            most: entries of the field that bounds this one.
+            said: reads the words that stand where this field has the places of labels.
+        """
+        self.entries += values.size
+        start = start or (0,) * values.ndim
+        if most is not None and (above := values > most).any():
+            self.above += int(above.sum())
+            place = tuple(np.argwhere(above)[0])
+            pair = " > ".join(f"{x[place]}".removesuffix(".0") for x in (values, most))
+            self._note("above", pair, place, start)
         bad = outside_support(values, self.field)
-        self.entries += bad.size
         if not bad.any():
             return
         missing = np.isnan(values) & bad if values.dtype.kind == "f" else np.zeros_like(bad)
@@ -134,26 +216,38 @@ class Tally:
             narrow = values.dtype.kind == "i" and values.dtype.itemsize <= 2
             lowest = values[outside].min()
             self.wrapped |= bool(lowest < 0 and (narrow or lowest == np.iinfo(np.int16).min))
-        for kind, where in (("missing", missing), ("outside", outside)):
-            if kind not in self.first and where.any():
-                place = np.argwhere(where)[0]
-                start = start or (0,) * values.ndim
-                at = ", ".join(f"{d}={i + s}" for d, i, s in zip(self.dims, place, start, strict=True))
-                words = [f"at {at}"] if at else []
-                self.first[kind] = " ".join(
-                    words if kind == "missing" else [f"{values[tuple(place)]}", *words]
-                )
+        if missing.any():
+            self._note("missing", "", tuple(np.argwhere(missing)[0]), start)
+        if outside.any():
+            place = tuple(np.argwhere(outside)[0])
+            words = [] if said is None else [f'"{as_word(entry)}"' for entry in said()[outside]]
+            self.strange = list(dict.fromkeys([*self.strange, *words]))[:_FEW]
+            self._note("outside", words[0] if words else f"{values[place]}", place, start)
+
+    def _note(self, kind: str, what: str, place: Sequence[int], start: Sequence[int]) -> None:
+        at = ", ".join(f"{d}={i + s}" for d, i, s in zip(self.dims, place, start, strict=True))
+        self.first.setdefault(kind, " ".join([*([what] if what else []), *([f"at {at}"] if at else [])]))
 
     def faults(self) -> list[str]:
         """At most one line for each kind of fault, with count and first place."""
         faults, of = [], f"of {self.entries} entries are"
         if self.outside:
-            what = f'field "{self.name}": {self.outside} {of} not {describe_support(self.field.support)}'
+            known = self.field.labels
+            what = f"none of {_some(known)}" if known else f"not {self.field.expected}"
             hint = " Negative 16-bit counts come from wrap-around: store the counts in a wider integer type."
-            faults.append(f"{what}; the first is {self.first['outside']}." + (hint if self.wrapped else ""))
+            hint = hint if self.wrapped else ""
+            if others := ", ".join(self.strange[1:]):
+                hint = f" Others are {others}."
+            faults.append(
+                f'field "{self.name}": {self.outside} {of} {what}; '
+                f"the first is {self.first['outside']}.{hint}"
+            )
         if self.missing:
             what = f'field "{self.name}": {self.missing} {of} missing; the first {self.first["missing"]}.'
             faults.append(f"{what} A given field may not have missing entries.")
+        if self.above:
+            what = f'field "{self.name}": {self.above} {of} above field "{self.field.at_most}"'
+            faults.append(f"{what}; the first is {self.first['above']}.")
         return faults
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from scivi.inputs.columns import Column, Table
-from scivi.inputs.fields import Field, describe_support
+from scivi.inputs.columns import Column, Table, labelled
+from scivi.inputs.fields import Field
 
 
 @dataclass(slots=True)
@@ -21,6 +19,8 @@ class Matching:
     rows: tuple[str, ...]
     faults: list[str] = field(default_factory=list)
     named: dict[str, str] = field(default_factory=dict)  # axis of the table -> dim of the template
+    lost: set[str] = field(default_factory=set)  # fields whose entries a fault hides
+    unsized: set[str] = field(default_factory=set)  # dims whose size is unknown, or two
 
     def columns(self) -> dict[str, Column]:
         """By field, the column it takes, its axes in the words of the template."""
@@ -29,23 +29,30 @@ class Matching:
             self.named[str(self.table.row)] = self.rows[0]
         found = {}
         for name, declared in self.fields.items():
+            before = len(self.faults)
             column = self._find(name, declared)
-            if column is None:
-                continue
-            dims = self._dims(name, declared, column)
-            if not column.numeric:
-                self.faults.append(
-                    f'field "{name}" has entries of type {column.dtype}; numbers are needed. '
-                    f"Turn categories into codes, text into numbers, and times into floats."
-                )
-            elif dims is not None:
-                found[name] = replace(column, dims=dims)
-                self._refuse_scan(name, found[name])
+            if column is not None:
+                self._take(name, declared, column, found)
+            if len(self.faults) > before:
+                self.lost.add(name)
         return found
 
-    def labels(self) -> dict[str, Callable[[], np.ndarray]]:
-        """By dim of the template, what reads its labels; after ``columns``."""
-        return {self.named.get(d, d): read for d, read in self.table.labels.items()}
+    def _take(self, name: str, declared: Field, column: Column, found: dict[str, Column]) -> None:
+        dims = self._dims(name, declared, column)
+        if declared.labels:
+            column = labelled(column, declared.labels)
+        if not column.numeric:
+            self.faults.append(
+                f'field "{name}" has entries of type {column.dtype}; numbers are needed. '
+                f"Turn categories into codes, text into numbers, and times into floats."
+            )
+        elif dims is not None:
+            found[name] = replace(column, dims=dims)
+            self._refuse_scan(name, found[name])
+
+    def labels(self) -> dict[str, Column]:
+        """By dim of the template, the column of its labels; after ``columns``."""
+        return {self.named.get(d, d): column for d, column in self.table.labels.items()}
 
     def sizes_of(self, columns: Mapping[str, Column], given: Mapping[str, int | str]) -> dict[str, int]:
         """Size of every dim, from the columns and as ``given`` by the template (a number, or another dim)."""
@@ -55,6 +62,7 @@ class Matching:
             for dim, size in zip(column.dims, column.shape, strict=True):
                 seen = first.setdefault(dim, (int(size), f'field "{name}"'))
                 if seen[0] != size:
+                    self.unsized.add(dim)
                     self.faults.append(
                         f'dim "{dim}" has {seen[0]} entries in {seen[1]} but {size} in field "{name}".'
                     )
@@ -62,12 +70,18 @@ class Matching:
         self.faults += [
             f'dim "{d}" is empty: the table has no entries.' for d, (n, _) in first.items() if n == 0
         ]
+        unknown = [d for d in order if d not in first]
+        self.unsized.update(unknown)
         if not self.faults:
-            unknown = [d for d in order if d not in first]
             self.faults += [
                 f'nothing in the data has the dim "{d}", so its size is unknown.' for d in unknown
             ]
         return {d: first[d][0] for d in order if d in first}
+
+    def can_be_read(self, names: Sequence[str]) -> bool:
+        """Whether no fault hides the entries of these fields, or the size of a dim of theirs."""
+        dims = {d for n in names for d in self.fields[n].dims}
+        return not (self.lost & set(names) or self.unsized & dims)
 
     def _find(self, name: str, declared: Field) -> Column | None:
         columns = self.table.columns
@@ -89,7 +103,7 @@ class Matching:
 
     def _missing(self, name: str, declared: Field) -> str:
         columns = list(self.table.columns)
-        kind = f"dims {_quoted(declared.dims)}, {describe_support(declared.support)}"
+        kind = f"dims {_quoted(declared.dims)}, {declared.expected}"
         bare = {c.rpartition("/")[2].lower(): c for c in columns}
         near = [bare[n] for n in difflib.get_close_matches(name.lower(), bare, n=2, cutoff=0.6)]
         near = [c for c in near if c not in self.fields]

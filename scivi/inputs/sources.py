@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -24,19 +26,20 @@ __all__ = ["TableSource", "arranged", "as_table", "from_anndata", "from_table", 
 
 _CHUNK = 2**21  # entries of a field that are checked at a time (our choice: 16 MB as float64)
 _PIECE = 2**23  # entries that are read before they take a narrower type (our choice: 64 MB as float64)
-_MOST_LABELS = 1_000_000  # labels that are read to look for repeated ones (our choice)
+_LABELS = 2**18  # labels that are read at a time (our choice: 20 MB as text)
+_MOST_LABELS = 1_000_000  # labels that are read to warn of repeated ones (our choice)
 
 
 class _Labels(Mapping[str, np.ndarray]):
     """Labels by dim, read when asked for: those of a long dim need not be in memory."""
 
-    def __init__(self, sizes: Mapping[str, int], read: Mapping[str, Callable[[], np.ndarray]]) -> None:
-        self._sizes, self._read = sizes, read
+    def __init__(self, sizes: Mapping[str, int], columns: Mapping[str, Column]) -> None:
+        self._sizes, self._columns = sizes, columns
 
     def __getitem__(self, dim: str) -> np.ndarray:
-        if dim not in self._read:
+        if dim not in self._columns:
             return np.arange(self._sizes[dim])
-        labels = np.asarray(self._read[dim]())
+        labels = np.asarray(self._columns[dim].get([None]))
         return np.array(labels.tolist(), str) if labels.dtype.kind in "OT" else labels
 
     def __iter__(self) -> Iterator[str]:
@@ -139,10 +142,16 @@ class TableSource:
         present = tuple(n if d in own else 1 for d, n in zip(dims, shape, strict=True))
         return np.array(np.broadcast_to(values.reshape(present), shape))
 
-    def entries(self, name: str, index: Mapping[str, np.ndarray]) -> tuple[np.ndarray, tuple[str, ...]]:
-        """What the table has for a field, and the dims it has there: those declared, or fewer."""
+    def entries(
+        self, name: str, index: Mapping[str, np.ndarray], *, said: bool = False
+    ) -> tuple[np.ndarray, tuple[str, ...]]:
+        """What the table has for a field, and the dims it has there: those declared, or fewer.
+
+        Of a field with labels their places, or with ``said`` the words as they stand in the table.
+        """
         column = self.columns[name]
-        values = _native(np.asarray(column.get([index.get(d) for d in column.dims])))
+        read = column.said if said and column.said is not None else column.get
+        values = _native(np.asarray(read([index.get(d) for d in column.dims])))
         own = tuple(d for d in self.fields[name].dims if d in column.dims)
         return np.ascontiguousarray(np.transpose(values, [column.dims.index(d) for d in own])), own
 
@@ -165,6 +174,7 @@ def open_source(
     name: str = "template",
     sizes: Mapping[str, int | str] = MappingProxyType({}),
     validate: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], list[str]] | None = None,
+    distinct: bool = False,
 ) -> TableSource:
     """Open data for a template: match names and dims, then read all entries once, in chunks, to check them.
 
@@ -179,12 +189,14 @@ def open_source(
         name: its name, for messages.
         sizes: of dims that the data do not give: a number, or the dim that has the same size.
         validate: more faults, from the fields without rows and the labels of all dims, both by name.
+        distinct: whether a label of a row that occurs more than once is a fault; else it is a warning.
 
     Returns:
         A source: ``sizes``, ``coords``, ``fingerprint``, ``nbytes`` and ``read(index)``.
 
     Raises:
-        DataError: listing every fault: names, dims, types, sizes, and the number of entries off the support.
+        DataError: listing every fault: names, dims, types, sizes, the number of entries off the support or
+            above another field's, repeated labels, and what ``validate`` says.
 
     Notes:
         Costs one pass over the entries; memory does not grow with the number of rows of data on disk.
@@ -196,19 +208,22 @@ def open_source(
     matching = Matching(_pivoted_if_long(table, fields), dict(fields), tuple(rows))
     columns = matching.columns()
     found = matching.sizes_of(columns, sizes)
-    labels = {d: read for d, read in matching.labels().items() if d in found}
+    labels = {d: column for d, column in matching.labels().items() if d in found}
     source = TableSource(
         fields=MappingProxyType(dict(fields)),
         columns=MappingProxyType(columns),
         sizes=MappingProxyType(found),
         coords=_Labels(found, labels),
     )
-    fingerprint, spans, faults = _checked(source, tuple(rows))
-    if validate is not None and not matching.faults:
-        common = [n for n, f in fields.items() if not set(f.dims) & set(rows)]
+    fingerprint, spans, faults = _checked(source, tuple(rows), matching)
+    common = [n for n, f in fields.items() if not set(f.dims) & set(rows)]
+    if validate is not None and matching.can_be_read(common) and not matching.unsized:
         faults += validate({n: source.whole(n) for n in common}, source.coords)
-    raise_faults([*matching.faults, *faults], name)
-    _warn_of_repeated(source, tuple(rows))
+    told = [d for d in rows if d in labels and (distinct or found[d] <= _MOST_LABELS)]
+    repeated = [fault for d in told if (fault := _repeated(d, labels[d]))]
+    raise_faults([*matching.faults, *faults, *(repeated if distinct else [])], name)
+    for fault in repeated:
+        warnings.warn(fault, stacklevel=3)
     nbytes = 4 * sum(math.prod(found[d] for d in f.dims) for f in fields.values())
     return replace(source, nbytes=nbytes, fingerprint=fingerprint, spans=MappingProxyType(spans))
 
@@ -241,12 +256,21 @@ def _pivoted_if_long(table: Table, fields: Mapping[str, Field]) -> Table:
     wide = any(len(f.dims) > 1 and name in table.columns for name, f in fields.items())
     if not (wide and table.lines and all(d in table.columns for d in dims)):
         return table
-    narrow = {n: f.dims for n, f in fields.items() if n in table.columns and set(f.dims) < set(dims)}
+    narrow = {
+        n: f.dims
+        for n, f in fields.items()
+        if n in table.columns and (f.labels or set(f.dims) < set(dims)) and n not in dims
+    }
     return as_table(pivoted(table, dims, narrow))
 
 
-def _checked(source: TableSource, rows: tuple[str, ...]) -> tuple[str, dict[str, Span], list[str]]:
-    """Fingerprint, spans and faults of all entries, read once in chunks."""
+def _checked(
+    source: TableSource, rows: tuple[str, ...], matching: Matching
+) -> tuple[str, dict[str, Span], list[str]]:
+    """Fingerprint, spans and faults of all entries, read once in chunks.
+
+    A field is held against its bound entry by entry, both repeated along dims that their columns lack.
+    """
     digest, faults, spans = hashlib.sha256(), [], {}
     for name in sorted(source.fields):
         if name not in source.columns:
@@ -255,27 +279,53 @@ def _checked(source: TableSource, rows: tuple[str, ...]) -> tuple[str, dict[str,
         column, declared = source.columns[name], source.fields[name]
         own = tuple(d for d in declared.dims if d in column.dims)
         sizes = dict(zip(column.dims, column.shape, strict=True))
+        bound = declared.at_most
+        if bound and not matching.can_be_read([name, bound]):
+            bound = ""
+        if bound:
+            own, sizes = declared.dims, source.sizes
         along = next((d for d in (*rows, *own) if d in own), None)
-        step = max(1, _CHUNK * sizes.get(along or "", 1) // max(1, math.prod(column.shape)))
+        step = max(1, _CHUNK * sizes.get(along or "", 1) // max(1, math.prod(sizes[d] for d in own)))
         digest.update(f"{name} {own} {[sizes[d] for d in own]}".encode())
         tally, spans[name] = Tally(name, declared, own), Span()
         for start in range(0, sizes[along] if along else 1, step):
             index = {along: np.arange(start, min(sizes[along], start + step))} if along else {}
-            values, _ = source.entries(name, index)
+            values = source.whole(name, index) if bound else source.entries(name, index)[0]
             spans[name].add(values)
-            tally.add(values, tuple(start if d == along else 0 for d in own))
+            tally.add(
+                values,
+                tuple(start if d == along else 0 for d in own),
+                most=source.whole(bound, index) if bound else None,
+                said=partial(_said, source, name, index) if declared.labels else None,
+            )
             block = np.moveaxis(values, own.index(along), 0) if along else values
             digest.update(block.astype("<f8").tobytes())
         faults += tally.faults()
     return digest.hexdigest(), spans, faults
 
 
-def _warn_of_repeated(source: TableSource, rows: tuple[str, ...]) -> None:
-    for dim in rows:
-        if source.sizes[dim] <= _MOST_LABELS:
-            labels = np.asarray(source.coords[dim])
-            if labels.dtype.kind in "iu" and (labels[1:] > labels[:-1]).all():
-                continue  # rising numbers, the usual case, are told apart without sorting
-            repeated = source.sizes[dim] - len(np.unique(labels))
-            if repeated:
-                warnings.warn(f'{repeated} labels of "{dim}" occur more than once in the data.', stacklevel=4)
+def _said(source: TableSource, name: str, index: Mapping[str, np.ndarray]) -> np.ndarray:
+    return source.entries(name, index, said=True)[0]
+
+
+def _repeated(dim: str, labels: Column) -> str:
+    """A sentence on the labels of a dim that occur more than once, if there are any.
+
+    They are read in chunks, of which only hashes are kept: 8 bytes a label.
+    """
+    n = labels.shape[0]
+    hashes = np.fromiter(map(hash, _one_by_one(labels)), np.int64, n)
+    hashes.sort()
+    shared = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    count = Counter(label for label in _one_by_one(labels) if hash(label) in shared) if shared else {}
+    again = [label for label, times in count.items() if times > 1]
+    if not again:
+        return ""
+    return f'{len(again)} labels of "{dim}" occur more than once; the first is "{again[0]}".'
+
+
+def _one_by_one(labels: Column) -> Iterator[Any]:
+    n = labels.shape[0]
+    for start in range(0, n, _LABELS):
+        some = labels.get([np.arange(start, min(n, start + _LABELS))])
+        yield from (some.astype(str) if some.dtype.kind in "mM" else some).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from scivi.errors import DataError, listed, missing_extra
-from scivi.inputs.columns import Column, Table, from_array, from_disk, numbers
+from scivi.inputs.columns import Column, Table, from_array, from_disk, from_series, words_at
 
 KINDS = (
     "an AnnData, an xarray Dataset or DataArray, a DataFrame, a dict of arrays, or the path of a "
@@ -116,7 +116,7 @@ def _of_zarr(path: Path) -> Table:
 def _of_dataset(dataset: xr.Dataset) -> Table:
     columns = {str(name): _of_variable(variable) for name, variable in dataset.variables.items()}
     own = [d for d in dataset.dims if d in dataset.variables and dataset.variables[d].dims == (d,)]
-    labels = {str(d): _labels_of(dataset, d) for d in own}
+    labels = {str(d): columns[str(d)] for d in own}
     return Table(columns, labels, what="Dataset")
 
 
@@ -127,16 +127,12 @@ def _of_variable(variable: xr.Variable) -> Column:
     return from_disk(lambda key: variable[key].values, dims, variable.shape, variable.dtype)
 
 
-def _labels_of(dataset: xr.Dataset, dim: Any) -> Callable[[], np.ndarray]:
-    return lambda: dataset.variables[dim].values
-
-
 def _of_frame(frame: Any) -> Table:
     index = {str(n): np.asarray(frame.index.get_level_values(n)) for n in frame.index.names if n is not None}
     row = next(iter(index)) if len(index) == 1 else "row"
-    columns = {str(name): from_array(numbers(frame[name]), (row,)) for name in frame.columns}
+    columns = {str(name): from_series(frame[name], (row,)) for name in frame.columns}
     columns |= {name: from_array(values, (row,)) for name, values in index.items() if name not in columns}
-    labels = {} if len(index) > 1 else {row: lambda: np.asarray(frame.index)}
+    labels = {} if len(index) > 1 else {row: from_array(frame.index, (row,))}
     return Table(columns, labels, row=row, lines=True, what="DataFrame")
 
 
@@ -160,7 +156,7 @@ def _of_mapping(data: Mapping[str, Any]) -> Table:
         if isinstance(value, xr.DataArray):
             column = _of_variable(value.variable)
             coords = value.coords.to_dataset()
-            labels |= {str(d): _labels_of(coords, d) for d in value.dims if d in coords}
+            labels |= {str(d): _of_variable(coords.variables[d]) for d in value.dims if d in coords}
         elif isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple | list):
             column = from_array(value[1], tuple(value[0]))
         else:
@@ -178,11 +174,11 @@ def from_table(
     Args:
         data: DataFrame, dict of arrays, or the path of a table (CSV, ECSV, FITS).
         dims: the columns that hold labels: ("source", "band") makes a matrix of every other column.
-        narrow: by column, the dims it depends on, if fewer.
+        narrow: by column, the dims it depends on, if fewer; columns of text that are wanted too.
 
     Returns:
         Dataset with coords ``dims``, labels in order of first appearance; combinations that do not occur are
-        NaN, columns of text are left out.
+        NaN (None in text), other columns of text are left out.
 
     Raises:
         DataError: listing missing columns, combinations that occur twice, and narrow columns that vary.
@@ -204,12 +200,18 @@ def pivoted(table: Table, dims: tuple[str, ...], narrow: Mapping[str, tuple[str,
     coords = {d: _plain(labels) for d, (_, labels) in keys.items()}
     arrays, faults = {}, []
     for name, column in table.columns.items():
-        if name in dims or not column.numeric or len(column.dims) != 1:
+        if name in dims or not (column.numeric or name in narrow) or len(column.dims) != 1:
             continue
         own = narrow.get(name, dims)
         shape = tuple(len(coords[d]) for d in own)
         places = np.ravel_multi_index([keys[d][0] for d in own], shape)
-        values, fault = _scattered(column.get([None]), places, int(np.prod(shape)), whole=own == dims)
+        entries, words = column.get([None]), None
+        if not column.numeric:
+            codes, words = pd.factorize(entries)
+            entries = np.where(codes < 0, np.nan, codes)
+        values, fault = _scattered(entries, places, int(np.prod(shape)), whole=own == dims)
+        if words is not None:
+            values = words_at(np.nan_to_num(values, nan=-1).astype(int), words)
         if fault:
             faults.append(f'column "{name}", {own}: {fault}')
         arrays[name] = (own, values.reshape(shape))

@@ -344,3 +344,47 @@ def _error_of_any(z: Tensor) -> Tensor:
 def _error_slope_of_any(z: Tensor) -> Tensor:
     below = _error_slope(1 / (z + 1)) + torch.log1p(1 / z) - 0.5 * (1 / z + 1 / (z + 1))
     return torch.where(z < 1, below, _error_slope(1 / z.clamp_min(1.0)))
+
+
+def log_rising(start: Tensor, n: Tensor, most: int) -> Tensor:
+    """Log of start (start + 1) ... (start + n - 1) = ln Gamma(start + n) - ln Gamma(start), for whole n.
+
+    Beta-binomial and Dirichlet-multinomial densities are sums of it. It is looked up in a table of sums of
+    logarithms, so that no special function is needed, nothing cancels, and its derivatives of any order are
+    looked up too.
+
+    Args:
+        start: > 0, (*, groups), or (*, 1) if the groups share it; a table is made of each.
+        n: whole numbers in 0 .. ``most``, of integer type, (groups, entries).
+        most: the largest of them.
+
+    Returns:
+        (*, groups, entries) in the dtype of ``start``; float64 is wanted where counts are large.
+    """
+    return _LogRising.apply(start, n, most, 0)
+
+
+class _LogRising(torch.autograd.Function):
+    """``log_rising`` differentiated ``order`` times; its derivative is the next order, looked up likewise."""
+
+    @staticmethod
+    def forward(start: Tensor, n: Tensor, most: int, order: int) -> Tensor:
+        terms = start.unsqueeze(-1) + torch.arange(most, dtype=start.dtype, device=start.device)
+        if order == 0:
+            terms = terms.log()
+        else:
+            terms = (-1) ** (order - 1) * math.factorial(order - 1) * terms.pow(-order)
+        table = torch.nn.functional.pad(terms.cumsum(-1), (1, 0))
+        lead = (*start.shape[:-1], len(n))
+        return torch.gather(table.expand(*lead, most + 1), -1, n.expand(*lead, n.shape[-1]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        start, n, ctx.most, ctx.order = inputs
+        ctx.save_for_backward(start, n)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None]:
+        start, n = ctx.saved_tensors
+        slope = slopes[0] * _LogRising.apply(start, n, ctx.most, ctx.order + 1)
+        return slope.sum(-1).sum_to_size(start.shape), None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
@@ -45,7 +46,11 @@ class Template:
             equals.
         coords: labels along such dims.
         validate: ``(values, coords) -> faults``, from the fields without rows and the labels of all dims to
-            sentences on what is wrong with the data; it sees what the fields' supports cannot say.
+            sentences on what is wrong with the data; it sees what the fields' supports cannot say. It is
+            asked even where entries are off their support, so that all faults are told at once.
+        distinct: whether labels of rows must be distinct.
+        made: if a function made it, that function as "module:name" and the settings, by keyword and such as
+            JSON holds, with which it makes it again (but for its prior); so a saved fit finds its template.
 
     Raises:
         TemplateError: listing every fault.
@@ -69,6 +74,8 @@ class Template:
     sizes: Mapping[str, int | str] = field(default_factory=dict)
     coords: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     validate: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] | None = None
+    distinct: bool = False
+    made: tuple[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         rows = (self.rows,) if isinstance(self.rows, str) else tuple(self.rows)
@@ -83,7 +90,15 @@ class Template:
             object.__setattr__(self, name, MappingProxyType(dict(value)))
         object.__setattr__(self, "coords", MappingProxyType({k: tuple(v) for k, v in self.coords.items()}))
         object.__setattr__(self, "memo", {})
-        if faults := self._faults():
+        faults = self._faults()
+        if self.made is not None:
+            maker, settings = self.made
+            try:
+                settings = json.loads(json.dumps(dict(settings), allow_nan=False))
+            except (TypeError, ValueError) as error:
+                faults.append(f'made: the settings of "{maker}" must be such as JSON holds: {error}')
+            object.__setattr__(self, "made", (maker, MappingProxyType(dict(settings))))
+        if faults:
             raise TemplateError(listed(f'template "{self.name}" cannot be used:', faults))
 
     def _faults(self) -> list[str]:

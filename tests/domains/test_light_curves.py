@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -16,6 +19,7 @@ from scivi.errors import DataError
 from scivi.laws import check
 from scivi.models import Batch
 
+ROOT = Path(__file__).parents[2]
 KNOWN = light_curves.make("ou", "known")
 TIME = np.array([0.0, 0.3, 4.0, 5.0, 25.0])
 SCATTER, VARIABILITY, TIMESCALE = 1.3, 0.4, 6.0
@@ -245,3 +249,15 @@ def test_independent_epochs_need_no_times():
     assert "time" not in data
     assert isinstance(truth, xr.Dataset)
     assert "timescale" not in truth
+
+
+def test_a_fit_is_loaded_by_another_process(tmp_path):
+    template = light_curves.make("scatter", "flat")
+    data, _ = scivi.simulate(template, {"source": 5, "epoch": 3}, seed=3)
+    scivi.save(scivi.fit(template, data, scivi.Plan(steps=5, newton=False), progress=False), tmp_path)
+    code = "import sys, scivi; t = scivi.load(sys.argv[1]).template; print(t.name, dict(t.made[1]), t.prior)"
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == f"{template.name} {dict(template.made[1])} {template.prior}"

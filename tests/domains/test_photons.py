@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from domains.astrophysics import photons
 from scivi.errors import DataError
 from scivi.models.distributions import PoissonOverBackground
 
-CHANDRA = Path(__file__).parents[2].parent / "shared/data/photons/chandra_ic2395_21137.nc"
-FIELD = Path(__file__).parents[2] / "data/chandra_ic2395.nc"
+ROOT = Path(__file__).parents[2]
+CHANDRA = ROOT.parent / "shared/data/photons/chandra_ic2395_21137.nc"
+FIELD = ROOT / "data/chandra_ic2395.nc"
 QUICK = scivi.Plan(steps=60, lr=1e-2, stop=None)
 
 
@@ -133,3 +136,15 @@ def test_selection_is_divided_out(background):
     away = abs(float(right.loc[0]) - mu) / float(right.scale_tril[0].norm())
     assert away < 3.5
     assert abs(float(right.loc[0]) - mu) < abs(float(naive.loc[0]) - mu)
+
+
+def test_a_fit_is_loaded_by_another_process(tmp_path):
+    prior = replace(photons.Prior(), scatter=1.5)
+    template = photons.make("flat", prior=prior)
+    scivi.save(scivi.fit(template, table(), replace(QUICK, steps=5, newton=False), progress=False), tmp_path)
+    code = "import sys, scivi; t = scivi.load(sys.argv[1]).template; print(t.name, dict(t.made[1]), t.prior)"
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == f"{template.name} {dict(template.made[1])} {template.prior}"

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyro
@@ -17,6 +18,7 @@ from scivi.inference.draws import draw
 from scivi.inference.loop import fit
 from scivi.inference.state import Fit, import_template, load, reference_of, save, write_atomically
 from scivi.inputs.fields import Field
+from scivi.models.guides import JointNormal
 from scivi.models.template import Template
 from tests.inference.conjugate import hierarchy, plan, rows, shared
 
@@ -47,6 +49,27 @@ own = Template(
     dims={"mu": ()},
     prior=Prior(),
 )
+
+
+def shifted(batch, prior, nets, *, shift):
+    model(batch, prior, nets)
+    pyro.deterministic("moved", torch.full((), shift))
+
+
+def differently(batch, prior, nets):
+    shifted(batch, prior, nets, shift=1.0)
+
+
+def make(shift: float = 0.0) -> Template:
+    return replace(
+        importable,
+        name="made",
+        model=partial(shifted, shift=shift),
+        dims={"mu": (), "moved": ()},
+        made=(f"{HERE}:make", {"shift": shift}),
+    )
+
+
 DATA = {**rows(6), "sd": np.linspace(0.5, 1.0, 6)}
 QUICK = plan(steps=20, log_every=10, estimator="trace")
 
@@ -98,6 +121,53 @@ def test_a_notebooks_own_template_is_passed_in(tmp_path, monkeypatch):
     ):
         load(tmp_path)
     assert load(tmp_path, mine).template == mine
+
+
+def test_a_made_template_is_made_again(tmp_path):
+    mine = replace(make(3.0), prior=Prior(width=0.3))
+    fitted = fit(mine, DATA, QUICK, progress=False)
+    meta = json.loads((save(fitted, tmp_path) / "fit.json").read_text())
+    assert (meta["made"], meta["reference"]) == ([f"{HERE}:make", {"shift": 3.0}], None)
+    assert fitted.provenance["made"] == meta["made"]
+    again = load(tmp_path)
+    assert (again.template.prior, again.template.made) == (mine.prior, mine.made)
+    assert (draw(again, DATA, 5).posterior.moved == 3.0).all()
+    (tmp_path / "fit.json").write_text(json.dumps({**meta, "made": [f"{HERE}:make", {"by": 3}]}))
+    with pytest.raises(TemplateError, match=r"makes no template of \{'by': 3\}: .*unexpected keyword"):
+        load(tmp_path)
+    (tmp_path / "fit.json").write_text(json.dumps({**meta, "made": [f"{HERE}:gone", {}]}))
+    with pytest.raises(TemplateError, match=f'"{HERE}:gone" makes no template'):
+        load(tmp_path)
+    (tmp_path / "fit.json").write_text(json.dumps({**meta, "made": [f"{HERE}:rows", {"n": 3}]}))
+    with pytest.raises(TemplateError, match=f'"{HERE}:rows" makes dict, not a Template'):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"model": differently}, {"guide": JointNormal()}, {"dims": {"mu": ()}}])
+def test_what_was_replaced_after_making_is_not_made_again(change, tmp_path):
+    mine = replace(make(), **change)
+    save(fit(mine, DATA, QUICK, progress=False), tmp_path)
+    with pytest.raises(CheckpointError, match=r'"made" was not importable .* pass it'):
+        load(tmp_path)
+    assert load(tmp_path, mine).template == mine
+
+
+def test_a_maker_that_fails_by_then_keeps_no_fit_from_being_saved(tmp_path, monkeypatch):
+    def gone(shift):
+        raise FileNotFoundError("pedigree.csv")
+
+    mine = make()
+    fitted = fit(mine, DATA, QUICK, progress=False)
+    monkeypatch.setitem(globals(), "make", gone)
+    assert load(save(fitted, tmp_path), mine).template == mine
+
+
+def test_a_fit_of_other_settings_is_not_gone_on_with(tmp_path):
+    how = {"checkpoint": tmp_path / "state", "resume": True, "progress": False}
+    fit(make(1.0), DATA, QUICK, **how)
+    fit(make(1.0), DATA, QUICK, **how)
+    with pytest.raises(CheckpointError, match=r"made: there .*'shift': 1.0.* here .*'shift': 2.0"):
+        fit(make(2.0), DATA, QUICK, **how)
 
 
 def test_references_of_templates():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,26 @@ def test_values_are_left_as_they_are():
     np.testing.assert_array_equal(values, before)
 
 
+def test_a_field_of_labels_has_their_places():
+    field = Field(("row",), labels=["CG", "CHG"], default="CHG")  # type: ignore[arg-type]
+    assert (field.labels, field.default, field.assumed, field.feasible) == (("CG", "CHG"), 1.0, 1.0, 0.0)
+    assert replace(field, role="given") == field
+    assert outside_support(np.array([0, 1, -1, np.nan]), field).tolist() == [False, False, True, True]
+    assert field.as_stored(np.array([[1.0, np.nan], [0.0, 1.0]])).tolist() == [["CHG", ""], ["CG", "CHG"]]
+    assert COUNT.as_stored(np.array([1.0])).tolist() == [1.0]
+    with pytest.raises(TemplateError, match=r"labels are .* must be different words") as caught:
+        Field(("row",), support=constraints.positive, labels=("a", "a"), default="c")
+    assert "default is 'c'; it must be one of a, a, or the place of one" in str(caught.value)
+    assert "leave support and at_most" in str(caught.value)
+    with pytest.raises(TemplateError, match="default is 'c'; only a field with labels has one in words"):
+        Field(("row",), default="c")
+
+
+def test_what_stands_in_for_a_count_is_above_no_bound():
+    assert replace(COUNT, at_most="total").feasible == 0.0
+    assert COUNT.feasible == 1.0
+
+
 def test_unusable_fields_list_every_fault():
     with pytest.raises(TemplateError, match=r"role is 'seen'[\s\S]*name a dimension twice"):
         Field(("a", "a"), "seen")  # type: ignore[arg-type]
@@ -87,4 +109,9 @@ def test_unusable_fields_list_every_fault():
         'field "plate" has a reserved name; choose another',
         'field "2x" is not a Python name',
         'no field has role="observed": there would be nothing to learn from',
+    ]
+    bounds = {"y": replace(COUNT, at_most="n"), "z": replace(COUNT, at_most="alpha"), "alpha": RATIO}
+    assert check_fields(bounds) == [
+        'field "y" is at most "n", which is no field',
+        """field "z" is at most "alpha", which has dims ('source',) and not ('source', 'band')""",
     ]

@@ -430,9 +430,96 @@ def test_a_template_may_refuse_data():
 
 
 def test_repeated_row_labels_are_told_once():
-    table = onoff().assign_coords(source=["a", "b", "a"])
-    with pytest.warns(UserWarning, match='1 labels of "source" occur more than once'):
+    table = onoff().assign_coords(source=["b", "a", "b"])
+    words = '1 labels of "source" occur more than once; the first is "b".'
+    with pytest.warns(UserWarning, match=words):
         opened(table, ONOFF, ("source",))
+    with pytest.raises(DataError, match=words):
+        opened(table, ONOFF, ("source",), distinct=True)
+    opened(onoff(), ONOFF, ("source",), distinct=True)
+
+
+READS = {
+    "methylated": Field(("locus", "sample"), "observed", constraints.nonnegative_integer, at_most="total"),
+    "total": Field(("locus", "sample"), "given", constraints.nonnegative_integer, default=4),
+}
+TOTAL = np.random.default_rng(2).integers(1, 6, (40, 3)).astype(float)
+
+
+@pytest.mark.parametrize("chunk", [7, 2**21])
+def test_entries_above_those_of_another_field_are_told(chunk, monkeypatch):
+    monkeypatch.setattr("scivi.inputs.sources._CHUNK", chunk)
+    reads = TOTAL.copy()
+    opened({"methylated": reads, "total": TOTAL}, READS, ("locus",))
+    reads[12, 1], reads[30, 0], reads[5, 2] = 7, 9, np.nan  # what is missing is compared with nothing
+    line = r'field "methylated": 2 of 120 entries are above field "total"; the first is 7 > '
+    with pytest.raises(DataError, match=rf"{line}{TOTAL[12, 1]:.0f} at locus=12, sample=1\.$"):
+        opened({"methylated": reads, "total": TOTAL}, READS, ("locus",))
+    sparse_too = {name: sparse.csr_array(a) for name, a in (("methylated", reads), ("total", TOTAL))}
+    with pytest.raises(DataError, match=line):
+        opened({n: (("locus", "sample"), a) for n, a in sparse_too.items()}, READS, ("locus",))
+
+
+def test_a_bound_holds_where_columns_have_fewer_dims_or_are_left_out():
+    dims = ("locus", "sample")
+    reads = np.array([[4, 0], [2, 3]])
+    with pytest.raises(DataError, match=r"1 of 4 entries are above .* 3 > 2 at locus=1, sample=1\.$"):
+        opened({"methylated": (dims, reads), "total": (("locus",), [5, 2])}, READS, ("locus",))
+    opened({"methylated": (dims, reads)}, READS, ("locus",))
+    with pytest.raises(DataError, match=r"the first is 5 > 4 at locus=0, sample=0\.$"):
+        opened({"methylated": (dims, reads + 1)}, READS, ("locus",))
+    given = {**READS, "depth": Field(dims, support=constraints.nonnegative_integer, at_most="methylated")}
+    with pytest.raises(DataError, match=r'"depth": 1 of 4 .* the first is 3 > 0 at locus=0, sample=1\.$'):
+        opened({"methylated": (dims, reads), "depth": (("sample",), [2, 3])}, given, ("locus",))
+
+
+def test_all_kinds_of_faults_come_in_one_error():
+    fields = {
+        **READS,
+        "context": Field(("locus",), labels=("CG", "CHG")),
+        "age": Field(("locus",), support=constraints.positive),
+        "edge": Field(("sample",), support=constraints.nonnegative),
+    }
+    data = xr.Dataset(
+        {
+            "methylated": (("locus", "sample"), [[1, 2], [3, 4]]),
+            "total": (("locus", "sample"), [[1, 1], [-3, 4]]),
+            "context": ("locus", ["CG", "N"]),
+            "edge": ("sample", [1.0, -1.0]),
+        },
+        {"locus": ["a", "a"]},
+    )
+    asked = []
+
+    def validate(values, coords):
+        asked.append((sorted(values), coords["locus"].tolist()))
+        return [f"edges sum to {values['edge'].sum():g}"]
+
+    with pytest.raises(DataError) as caught:
+        opened(data, fields, ("locus",), validate=validate, distinct=True)
+    lines = str(caught.value).splitlines()[1:]
+    words = (
+        '"age" is missing', '"context": 1 of 2', '"edge": 1 of 2', '"methylated": 2 of 4', '"total": 1 of 4',
+        "edges sum to 0", '1 labels of "locus" occur more than once; the first is "a".',
+    )  # fmt: skip
+    assert len(lines) == len(words)
+    assert all(word in line for word, line in zip(words, lines, strict=True))
+    assert asked == [(["edge"], ["a", "a"])]
+
+
+def test_a_template_is_not_asked_about_what_cannot_be_read():
+    def validate(values, coords):
+        raise AssertionError("asked")
+
+    fields = {**READS, "edge": Field(("sample",), default=1.0)}
+    dims = ("locus", "sample")
+    for data in (
+        {"methylated": (dims, np.ones((2, 3))), "edge": (("sample",), ["a", "b", "c"])},
+        {"methylated": (dims, np.ones((2, 3))), "total": (dims, np.ones((2, 4)))},
+        {"edge": (("sample",), [1.0])},
+    ):
+        with pytest.raises(DataError):
+            opened(data, fields, ("locus",), validate=validate)
 
 
 def test_what_cannot_be_streamed_is_refused(truth, tmp_path):

@@ -64,7 +64,7 @@ def test_every_fault_is_told_at_once():
     with pytest.raises(TemplateError) as caught:
         Template(
             name="bad",
-            fields={"plate": Field(("row",)), "a b": Field(("row",))},
+            fields={"plate": Field(("row",)), "a b": Field(("row",)), "n": Field((), at_most="plate")},
             rows=("cell",),
             model="no function",  # type: ignore[arg-type]
             dims={"mu": ("nowhere",), "x": ("draw", "row")},
@@ -76,6 +76,7 @@ def test_every_fault_is_told_at_once():
     for words in (
         'field "plate" has a reserved name; choose another',
         'field "a b" is not a Python name',
+        """field "n" is at most "plate", which has dims ('row',) and not ()""",
         'no field has role="observed"',
         "rows \"cell\" is a dim of no field; fields have ['row']",
         "site \"mu\" has dims ['nowhere'] that no field has; give their size in sizes=",
@@ -106,3 +107,15 @@ def test_a_prior_that_can_be_changed_is_refused():
 def test_rows_must_be_named():
     with pytest.raises(TemplateError, match="rows names no dim"):
         made(rows=())
+
+
+def test_settings_of_a_maker_are_such_as_json_holds():
+    template = made(made=("here:make", {"cut": 3, "edges": (0.5, 2.0), "prior": None}))
+    assert template.made[0] == "here:make"
+    assert dict(template.made[1]) == {"cut": 3, "edges": [0.5, 2.0], "prior": None}
+    assert replace(template, prior=Prior()).made == template.made
+    for settings in ({"prior": Prior()}, {"cut": float("nan")}):
+        with pytest.raises(
+            TemplateError, match='made: the settings of "here:make" must be such as JSON holds'
+        ):
+            made(made=("here:make", settings))

@@ -1,0 +1,547 @@
+"""DNA methylation passed on along a pedigree: rates of gain and loss from read counts, locus by locus.
+
+For locus l with context c, pedigree node v with parent p(v) at a distance of g_v generations, and genotype
+G in {UU, UM, MM} (no, one, or both copies methylated):
+
+    ln gain_l    = gain_c + x_l . gain_effect + gain_sigma z_l1          z_l ~ Normal(0, 1), two of each locus
+    ln loss_l    = loss_c + x_l . loss_effect + loss_sigma z_l2
+    G_l,founder  ~ Categorical(founder_c)
+    G_lv         ~ Categorical(T(gain_l, loss_l) to the power g_v, row G_l,p(v))
+    m_ls         ~ BetaBinomial(n_ls; mean (nonconversion_s, 1/2, 1 - inappropriate)[G_ls], overdispersion)
+
+gain and loss are per cytosine copy and generation, T is one generation (``transmission``), x are annotations
+of the locus. Genotypes are summed out exactly (``scivi.models.sum_product``). The scatter over loci
+(gain_sigma, loss_sigma) is learnt from the likelihood with each locus's z integrated on nodes: a Gaussian
+guide under the ELBO makes it collapse, and neither coverage nor the bound shows it.
+
+The guide of a locus is a normal with the mean and covariance of its own posterior given the rest, found by
+quadrature: there is nothing to train, and so nothing that is wrong outside of what was trained on.
+
+References:
+    Shahryary et al. 2020, Genome Biology 21, 260, doi:10.1186/s13059-020-02161-6 (AlphaBeta, selfing).
+    van der Graaf et al. 2015, PNAS 112, 6676, doi:10.1073/pnas.1424254112 (rates in Arabidopsis).
+    Naylor and Smith 1982, J. R. Stat. Soc. C 31, 214 (quadrature on nodes that follow the posterior).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+import xarray as xr
+from pyro.distributions.constraints import softplus_positive
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from domains.genomics import transmission
+from domains.genomics.pedigrees import Pedigree
+from domains.genomics.reads import Errors, PedigreeReads, seen
+from domains.genomics.transmission import Reproduction
+from scivi.inputs.fields import Field
+from scivi.models import Batch, Template, guides, sum_product
+from scivi.models.sum_product import Matrix, Tree, Vector
+
+CONTEXTS = ("CG", "CHG", "CHH")
+RATES = ("gain", "loss")
+LEAST = 0.7  # nats: no rate is above a half, where gain and loss would change names (our choice)
+NODES, ROUNDS = 5, 2  # of the quadrature behind the guide, in each of two dimensions (our choice)
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Numbers of the model. Rates are per cytosine copy and generation; ln 2.7 is 1."""
+
+    gain: float = 2e-4  # 1 / generation; centre of ln gain, near Arabidopsis CG (van der Graaf et al. 2015)
+    loss: float = 8e-4  # 1 / generation; centre of ln loss, likewise
+    rate_sd: float = 1.5  # ln; of both (our choice: a factor of 20 either way within 2 sd)
+    effect_sd: float = 1.0  # ln; of an annotation's effect (our choice)
+    sigma: float = 1.0  # ln; half-normal scale of the scatter over loci (our choice)
+    founder: float = 1.0  # Dirichlet concentration of the founder's states; 1 is uniform
+    nonconversion: float = 0.01  # mean of the exponential-like Beta(1, .) prior; protocols report .001 to .02
+    inappropriate: float = (
+        0.03  # likewise; Genereux et al. 2008, Nucleic Acids Res. 36, e150, report some percent
+    )
+    overdispersion: float = 0.05  # likewise (our choice)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is fixed when a template is made.
+
+    Args:
+        tree: the pedigree, collapsed to what the reads can tell apart.
+        reproduction: how a generation passes on.
+        contexts: of the loci.
+        annotations: names of fields that shift the rates.
+        heterogeneous: whether loci of one context differ.
+        equilibrium: whether the founder's states are those that the rates lead to in the end.
+        most_reads: the most reads of a sample at a locus.
+    """
+
+    tree: Tree
+    reproduction: Reproduction
+    contexts: tuple[str, ...]
+    annotations: tuple[str, ...]
+    heterogeneous: bool
+    equilibrium: bool
+    most_reads: int
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the genotypes."""
+        return transmission.states(self.reproduction)
+
+
+def _event(value: Tensor, dims: int) -> Tensor:
+    """A global value as (*draws, *event): without the place that the plate of loci leaves in its shape."""
+    return value.squeeze(-1 - dims) if value.dim() > dims else value
+
+
+@dataclass(frozen=True)
+class Loci:
+    """What the rates of a batch's loci depend on.
+
+    Args:
+        member: 1 where a locus is of a context, (contexts, loci).
+        annotation: (annotations, loci), or None.
+    """
+
+    member: Tensor
+    annotation: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch, form: Form) -> Loci:
+        """Those of a batch."""
+        places = torch.arange(len(form.contexts), device=batch.total.device)
+        member = (batch.context == places[:, None]).to(batch.total.dtype)
+        values = [batch.values[name] for name in form.annotations]
+        return cls(member, torch.stack(values) if values else None)
+
+    def each(self, by_context: Tensor) -> Tensor:
+        """The value of each locus's context: from (*, contexts) to (*, loci)."""
+        return (by_context.unsqueeze(-1) * self.member).sum(-2)
+
+    def log_rate(self, values: Mapping[str, Tensor], name: str, z: Tensor | None) -> Tensor:
+        """Natural log of the rate "gain" or "loss" of each locus, ln(1 / generation), (*, loci)."""
+        rate = self.each(_event(values[f"log_{name}"], 1))
+        if self.annotation is not None:
+            effect = _event(values[f"{name}_effect"], 1)
+            rate = rate + (effect.unsqueeze(-1) * self.annotation).sum(-2)
+        return rate if z is None else rate + values[f"{name}_sigma"] * z
+
+
+def _transmission(
+    loci: Loci, values: Mapping[str, Tensor], z: Tensor | None, form: Form
+) -> tuple[Matrix, Vector]:
+    """One generation and the founder's states, at each locus."""
+    gain, loss = (
+        loci.log_rate(values, name, None if z is None else z[..., k]).clamp_max(-LEAST).exp()
+        for k, name in enumerate(RATES)
+    )
+    step = transmission.step(form.reproduction, gain, loss)
+    if form.equilibrium:
+        return step, transmission.equilibrium(form.reproduction, gain, loss)
+    founder = _event(values["founder"], 2)
+    return step, tuple(loci.each(founder[..., k]) for k in range(len(form.states)))
+
+
+def _errors(values: Mapping[str, Tensor]) -> Errors:
+    scalar = {
+        n: values[n] if values[n].dim() else values[n].unsqueeze(0)
+        for n in ("inappropriate", "overdispersion")
+    }
+    return Errors(_event(values["nonconversion"], 1), scalar["inappropriate"], scalar["overdispersion"])
+
+
+def _shrinking(mean: float, like: Tensor) -> dist.Beta:
+    """Beta(1, b) with a mean: densest at zero."""
+    return dist.Beta(like, (1 / mean - 1) * like)
+
+
+def model(batch: Batch, prior: Prior, nets: nn.Module | None, *, form: Form) -> None:
+    """The generative story of the module's docstring."""
+    one = batch.total.new_ones(())
+    contexts, samples = one.expand(len(form.contexts)), one.expand(batch.sizes["sample"])
+    values: dict[str, Tensor] = {}
+    for name, centre in (("gain", prior.gain), ("loss", prior.loss)):
+        spread = 0.0 * one
+        if form.heterogeneous:
+            values[f"{name}_sigma"] = pyro.sample(f"{name}_sigma", dist.HalfNormal(prior.sigma * one))
+            spread = values[f"{name}_sigma"].square().unsqueeze(-1) / 2
+        # ln of the mean over loci, not of the median: the data tell it almost apart from the scatter
+        expected = math.log(centre) * contexts + spread
+        level = pyro.sample(f"log_mean_{name}", dist.Normal(expected, prior.rate_sd).to_event(1))
+        values[f"log_{name}"] = level - spread
+        pyro.deterministic(f"{name}_rate", values[f"log_{name}"].exp(), event_dim=1)
+        if form.heterogeneous:
+            pyro.deterministic(f"{name}_rate_mean", level.exp(), event_dim=1)
+        if form.annotations:
+            effect = dist.Normal(0 * one, prior.effect_sd * one).expand([len(form.annotations)]).to_event(1)
+            values[f"{name}_effect"] = pyro.sample(f"{name}_effect", effect)
+    if not form.equilibrium:
+        weight = one.expand(len(form.contexts), len(form.states)) * prior.founder
+        values["founder"] = pyro.sample("founder", dist.Dirichlet(weight).to_event(1))
+    values["nonconversion"] = pyro.sample(
+        "nonconversion", _shrinking(prior.nonconversion, samples).to_event(1)
+    )
+    for name in ("inappropriate", "overdispersion"):
+        values[name] = pyro.sample(name, _shrinking(getattr(prior, name), one))
+    loci = Loci.of(batch, form)
+    with batch.plate("locus"):
+        z = None
+        if form.heterogeneous:
+            z = pyro.sample("z", dist.Normal(0 * one, one).expand([2]).to_event(1))
+            for k, name in enumerate(RATES):
+                pyro.deterministic(f"locus_log_{name}", loci.log_rate(values, name, z[..., k]))
+        step, root = _transmission(loci, values, z, form)
+        reads = PedigreeReads(form.tree, step, root, batch.total, _errors(values), most=form.most_reads)
+        batch.observe("methylated", reads)
+
+
+class Nets(nn.Module):
+    """The guide's own: one joint normal for everything that loci share."""
+
+    def __init__(self, shared: guides.JointNormalGuide) -> None:
+        super().__init__()
+        self.globals = shared
+
+
+def nets(sizes: Mapping[str, int], prior: Prior, *, form: Form) -> Nets:
+    """The joint normal, started at the prior's centre."""
+    c, s = len(form.contexts), sizes["sample"]
+    sites: dict[str, tuple[tuple[int, ...], constraints.Constraint]] = {}
+    start: dict[str, Tensor] = {}
+
+    def add(name: str, shape: tuple[int, ...], support: constraints.Constraint, value: float) -> None:
+        sites[name], start[name] = (shape, support), torch.full(shape, value)
+
+    for name, centre in (("gain", prior.gain), ("loss", prior.loss)):
+        add(f"log_mean_{name}", (c,), constraints.real, math.log(centre))
+        if form.annotations:
+            add(f"{name}_effect", (len(form.annotations),), constraints.real, 0.0)
+        if form.heterogeneous:
+            add(f"{name}_sigma", (), softplus_positive, math.sqrt(2 / math.pi) * prior.sigma)
+    if not form.equilibrium:
+        add("founder", (c, len(form.states)), constraints.simplex, 1 / len(form.states))
+    add("nonconversion", (s,), constraints.unit_interval, prior.nonconversion)
+    add("inappropriate", (), constraints.unit_interval, prior.inappropriate)
+    add("overdispersion", (), constraints.unit_interval, prior.overdispersion)
+    return Nets(guides.global_normal(sites, start, scale=0.05))
+
+
+def guide(batch: Batch, prior: Prior, nets: Nets, *, form: Form) -> None:
+    """Joint normal for what loci share; for each locus a normal with the moments of its posterior."""
+    values = dict(nets.globals(batch))
+    if not form.heterogeneous:
+        return
+    for name in RATES:
+        values[f"log_{name}"] = (
+            values[f"log_mean_{name}"] - values[f"{name}_sigma"].square().unsqueeze(-1) / 2
+        )
+    with torch.no_grad():
+        mean, tril = locus_moments(batch, values, form)
+    with batch.plate("locus"):
+        pyro.sample("z", dist.MultivariateNormal(mean, scale_tril=tril))
+
+
+def locus_moments(batch: Batch, values: Mapping[str, Tensor], form: Form) -> tuple[Tensor, Tensor]:
+    """Mean of z, (*, loci, 2), and Cholesky factor of its covariance, given all that loci share.
+
+    They are those of the posterior where there is one draw of what loci share. Of many draws the reads'
+    part is worked out once, at their mean, and joined with each draw's own prior.
+    """
+    loci = Loci.of(batch, form)
+    n_draws = _event(values["log_gain"], 1).dim() - 1
+    at = {name: value.flatten(0, n_draws - 1).mean(0) if n_draws else value for name, value in values.items()}
+    at = {name: value.squeeze(0) if n_draws else value for name, value in at.items()}
+    mean, tril = _posterior_moments(batch, loci, at, form)
+    if not n_draws:
+        return mean, tril
+    expected, sigma = _prior_of(loci, at)
+    inverse = torch.cholesky_inverse(tril)
+    precision = (inverse - torch.eye(2).to(inverse)) / (sigma.unsqueeze(-1) * sigma.unsqueeze(-2))
+    slope = (inverse @ mean.unsqueeze(-1)).squeeze(-1) / sigma
+    here, scatter = _prior_of(loci, values)
+    information = slope - (precision @ (here - expected).unsqueeze(-1)).squeeze(-1)
+    joint = precision * scatter.unsqueeze(-1) * scatter.unsqueeze(-2) + torch.eye(2).to(precision)
+    tril = _inverse_cholesky(joint)
+    mean = tril @ (tril.mT @ (scatter * information).unsqueeze(-1))
+    return mean.squeeze(-1), tril
+
+
+def _prior_of(loci: Loci, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Expected log rates (*, loci, 2), and their scatter, (2,) or (draws, 1, 2)."""
+    expected = torch.stack([loci.log_rate(values, name, None) for name in RATES], -1)
+    return expected, torch.stack([values[f"{name}_sigma"] for name in RATES], -1)
+
+
+def _posterior_moments(
+    batch: Batch, loci: Loci, values: Mapping[str, Tensor], form: Form
+) -> tuple[Tensor, Tensor]:
+    """Mean of z, (loci, 2), and Cholesky factor of its covariance, given one draw of what loci share.
+
+    Twice by Gauss-Hermite quadrature: on nodes of the prior, then on nodes placed by what these gave, for
+    loci of which many events tell much.
+    """
+    mask = batch.observed_mask.get("methylated")
+    total = batch.total if mask is None else batch.total * mask
+    methylated = torch.minimum(batch.methylated, total)
+    given = seen(methylated, total, _errors(values), len(form.states), form.most_reads)
+    x, w = np.polynomial.hermite_e.hermegauss(NODES)
+    nodes = total.new_tensor(np.stack(np.meshgrid(x, x, indexing="ij"), -1).reshape(-1, 1, 2))
+    log_weight = total.new_tensor(np.log(np.multiply.outer(w, w) / w.sum() ** 2).reshape(-1, 1))
+    mean, tril = nodes.new_zeros(2), torch.eye(2, dtype=nodes.dtype, device=nodes.device)
+    for _ in range(ROUNDS):
+        z = mean + (tril @ nodes.unsqueeze(-1)).squeeze(-1)
+        log_p = sum_product.log_likelihood(form.tree, given, *_transmission(loci, values, z, form))
+        tilt = 0.5 * (nodes.square().sum(-1) - z.square().sum(-1))
+        mean, tril = _moments(torch.softmax(log_p + tilt + log_weight, 0), z)
+    return mean, tril
+
+
+def _moments(weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (*, 2) and Cholesky factor (*, 2, 2) of weighted nodes (nodes, *, 2); no variance is below .01."""
+    mean = (weight.unsqueeze(-1) * z).sum(0)
+    first, second = (z - mean).unbind(-1)
+    a = (weight * first.square()).sum(0).clamp_min(0.01).sqrt()
+    b = (weight * first * second).sum(0) / a
+    c = ((weight * second.square()).sum(0) - b.square()).clamp_min(0.01).sqrt()
+    return mean, _lower(a, b, c)
+
+
+def _inverse_cholesky(precision: Tensor) -> Tensor:
+    """Cholesky factor of the inverse of 2 x 2 matrices, whose eigenvalues are held above .2.
+
+    A likelihood that is no normal can seem to widen the prior: where the scatter is larger than at the point
+    where that was found, by more than there is.
+    """
+    half, differ = (
+        0.5 * (precision[..., 0, 0] + precision[..., 1, 1]),
+        0.5 * (precision[..., 0, 0] - precision[..., 1, 1]),
+    )
+    least = half - (differ.square() + precision[..., 0, 1].square()).sqrt()
+    lift = (0.2 - least).clamp_min(0.0)
+    p, q, r = precision[..., 0, 0] + lift, precision[..., 0, 1], precision[..., 1, 1] + lift
+    a = (r / (p * r - q * q)).sqrt()
+    return _lower(a, -q / r * a, r.rsqrt())
+
+
+def _lower(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return torch.stack([torch.stack([a, torch.zeros_like(a)], -1), torch.stack([b, c], -1)], -2)
+
+
+def simulate(
+    sizes: Mapping[str, int],
+    prior: Prior,
+    generator: torch.Generator,
+    *,
+    form: Form,
+    samples: tuple[str, ...],
+) -> tuple[xr.Dataset, xr.Dataset]:
+    """Read counts of about nine reads a sample, and the truth behind them.
+
+    Rates are drawn near the prior's centre, errors within the range that protocols report.
+
+    Args:
+        sizes: number of loci ("locus").
+        prior: its rates are read.
+        generator: whose seed starts numpy's.
+        form: of the template.
+        samples: names of the columns.
+    """
+    rng = np.random.default_rng(generator.initial_seed())
+    n, c, s, k = sizes["locus"], len(form.contexts), len(samples), len(form.states)
+    context = rng.integers(0, c, n)
+    truth: dict[str, Any] = {}
+    annotation = {name: rng.integers(0, 2, n) for name in form.annotations}
+    rates = []
+    for name, centre in (("gain", prior.gain), ("loss", prior.loss)):
+        log_rate = math.log(centre) + rng.normal(0.0, 0.5, c)
+        truth[f"{name}_rate"] = (("context",), np.exp(log_rate))
+        log_rate = log_rate[context]
+        if form.annotations:
+            effect = rng.normal(0.0, 0.5, len(form.annotations))
+            truth[f"{name}_effect"] = (("annotation",), effect)
+            log_rate = log_rate + effect @ np.stack(list(annotation.values()))
+        if form.heterogeneous:
+            sigma = rng.uniform(0.5, 1.2)
+            truth[f"{name}_sigma"] = ((), sigma)
+            truth[f"{name}_rate_mean"] = (("context",), truth[f"{name}_rate"][1] * math.exp(sigma**2 / 2))
+            log_rate = log_rate + sigma * rng.normal(size=n)
+            truth[f"locus_log_{name}"] = (("locus",), log_rate)
+        rates.append(np.exp(np.minimum(log_rate, -LEAST)))
+    if form.equilibrium:
+        ends = transmission.equilibrium(form.reproduction, *map(torch.as_tensor, rates))
+        founder = torch.stack(ends, -1).numpy()
+    else:
+        by_context = rng.dirichlet([15.0, *[0.2] * (k - 2), 5.0], c)
+        truth["founder"] = (("context", "genotype"), by_context)
+        founder = by_context[context]
+    states = _descended(form, founder, rates, rng)
+    nonconversion, inappropriate = rng.uniform(0.002, 0.01, s), rng.uniform(0.01, 0.04)
+    overdispersion = rng.uniform(0.01, 0.03)
+    truth |= {"nonconversion": (("sample",), nonconversion), "inappropriate": ((), inappropriate)}
+    truth["overdispersion"] = ((), overdispersion)
+    total = np.minimum(rng.poisson(rng.uniform(6.0, 13.0, s), (n, s)), form.most_reads)
+    mean = np.where(states == 0, nonconversion, np.where(states == k - 1, 1 - inappropriate, 0.5))
+    phi = (1 - overdispersion) / overdispersion
+    methylated = rng.binomial(total, rng.beta(mean * phi, (1 - mean) * phi))
+    dims, coords = ("locus", "sample"), {"locus": np.arange(n), "sample": np.array(samples)}
+    table = {"methylated": (dims, methylated), "total": (dims, total)}
+    table["context"] = (("locus",), np.array(form.contexts)[context])
+    table |= {name: (("locus",), values) for name, values in annotation.items()}
+    coords |= {"context": np.array(form.contexts), "genotype": np.array(form.states)}
+    return xr.Dataset(table, {d: coords[d] for d in dims}), xr.Dataset(truth, coords)
+
+
+def _descended(form: Form, founder: np.ndarray, rates: Sequence[np.ndarray], rng: Any) -> np.ndarray:
+    """Genotypes of the samples (loci, samples), drawn from the founder on, generation by generation."""
+    rows = transmission.step(form.reproduction, *map(torch.as_tensor, rates))
+    below = torch.stack([torch.stack(row) for row in rows]).cumsum(1).numpy()  # before, after, locus
+    loci = np.arange(len(founder))
+    states: list[np.ndarray] = []
+    for parent, length in zip(form.tree.parent, form.tree.length, strict=True):
+        if parent < 0:
+            states.append((rng.random(len(loci))[:, None] > founder.cumsum(1)[:, :-1]).sum(1))
+            continue
+        now = states[parent]
+        for _ in range(length):
+            now = (rng.random(len(loci)) > below[now, :-1, loci].T).sum(0)
+        states.append(now)
+    return np.stack([states[v] for v in form.tree.seen], 1)
+
+
+def tree_of(pedigree: Pedigree, *, collapsed: bool = True) -> Tree:
+    """A pedigree as the tree that is summed over; one with faults, which ``validate`` names, as a node."""
+    if pedigree.faults():
+        return Tree((-1,), (0,), (0,))
+    sound = pedigree.collapsed() if collapsed else pedigree.ordered()
+    place = {node: v for v, node in enumerate(sound.nodes)} | {"": -1}
+    return Tree(
+        tuple(place[p] for p in sound.parents), sound.generations, tuple(place[s] for s in sound.samples)
+    )
+
+
+def validate(
+    values: Mapping[str, np.ndarray], coords: Mapping[str, np.ndarray], *, pedigree: Pedigree
+) -> list[str]:
+    """What is wrong with the pedigree, and where it and the columns of the data disagree."""
+    columns, names = [str(s) for s in coords["sample"]], list(pedigree.samples)
+    faults = pedigree.faults()
+    if columns != names:
+        unknown, absent = sorted({*columns} - {*names}), sorted({*names} - {*columns})
+        if unknown:
+            faults.append(f"samples that the pedigree does not name as sequenced: {', '.join(unknown)}")
+        if absent:
+            faults.append(f"samples of the pedigree that the data lack: {', '.join(absent)}")
+        if not unknown and not absent:
+            faults.append(
+                f"the data have the samples in the order {', '.join(columns)}, the pedigree in the order "
+                f"{', '.join(names)}: make the pedigree with samples= in the order of the data"
+            )
+    return faults
+
+
+def make(
+    pedigree: Pedigree | Mapping[str, Any],
+    *,
+    reproduction: Reproduction = "selfing",
+    contexts: Sequence[str] = CONTEXTS,
+    annotations: Sequence[str] = (),
+    heterogeneous: bool = True,
+    equilibrium: bool = False,
+    most_reads: int = 1000,
+    prior: Prior | None = None,
+) -> Template:
+    """A template of methylation passed on along a pedigree.
+
+    Args:
+        pedigree: who descends from whom, and who was sequenced, in the order of the data's columns; or its
+            ``to_dict``.
+        reproduction: "selfing" (a sexual generation), "clonal" (trees, somatic lines), "haploid", or
+            "division" (of cells; the rates are per strand: loss is failed maintenance).
+        contexts: of the loci; the data's ``context`` must be one of them. Each has rates and a founder of its
+            own.
+        annotations: names of fields, numbers of each locus (0 or 1 for belonging to a window or a kind of
+            element), that shift both log rates.
+        heterogeneous: whether loci of one context differ in their rates.
+        equilibrium: tie the founder's genotypes to where the rates lead in the end, instead of learning them.
+        most_reads: the most reads of a sample at a locus; a larger table is slower.
+        prior: numbers of the model.
+    """
+    if isinstance(pedigree, Mapping):
+        pedigree = Pedigree.from_dict(pedigree)
+    settings = {
+        "pedigree": pedigree.to_dict(),
+        "reproduction": reproduction,
+        "contexts": list(contexts),
+        "annotations": list(annotations),
+        "heterogeneous": heterogeneous,
+        "equilibrium": equilibrium,
+        "most_reads": most_reads,
+    }
+    form = Form(
+        tree_of(pedigree),
+        reproduction,
+        tuple(contexts),
+        tuple(annotations),
+        heterogeneous,
+        equilibrium,
+        most_reads,
+    )
+    counts = constraints.integer_interval(0, most_reads)
+    per_locus = ("locus",)
+    dims = {"gain_rate": ("context",), "loss_rate": ("context",)}
+    if form.annotations:
+        dims |= {"gain_effect": ("annotation",), "loss_effect": ("annotation",)}
+    if heterogeneous:
+        dims |= {"gain_rate_mean": ("context",), "loss_rate_mean": ("context",)}
+        dims |= {"gain_sigma": (), "loss_sigma": ()}
+        dims |= {"locus_log_gain": per_locus, "locus_log_loss": per_locus}
+    if not equilibrium:
+        dims["founder"] = ("context", "genotype")
+    dims |= {"nonconversion": ("sample",), "inappropriate": (), "overdispersion": ()}
+    rate = {name: "1 / generation" for name in dims if "_rate" in name}
+    return Template(
+        name=f"methylation, {reproduction}, {len(pedigree.samples)} samples",
+        fields={
+            "methylated": Field(
+                ("locus", "sample"), "observed", counts, "read", "methylated reads", at_most="total"
+            ),
+            "total": Field(("locus", "sample"), "given", counts, "read", "all reads, 0 if not covered"),
+            "context": Field(per_locus, doc="cytosine context", labels=form.contexts),
+            **{name: Field(per_locus, doc="annotation") for name in form.annotations},
+        },
+        rows="locus",
+        model=partial(model, form=form),
+        dims=dims,
+        guide=partial(guide, form=form),
+        nets=partial(nets, form=form),
+        prior=prior or Prior(),
+        simulate=partial(simulate, form=form, samples=pedigree.samples),
+        units=rate | {name: "ln(1 / generation)" for name in dims if name.startswith("locus_")},
+        sizes={"context": len(form.contexts), "genotype": len(form.states)}
+        | ({"annotation": len(form.annotations)} if form.annotations else {}),
+        coords={"context": form.contexts, "genotype": form.states}
+        | ({"annotation": form.annotations} if form.annotations else {}),
+        validate=partial(validate, pedigree=pedigree),
+        distinct=True,
+        made=("domains.genomics.methylation:make", settings),
+    )
+
+
+# Two lines of descent by single seeds, one plant of each sequenced in six generations, and their ancestor.
+EXAMPLE = Pedigree(
+    nodes=("0", *(f"{g}_{line}" for line in "ab" for g in (1, 2, 4, 6, 8, 11))),
+    parents=("", *(p for line in "ab" for p in ("0", *(f"{g}_{line}" for g in (1, 2, 4, 6, 8))))),
+    generations=(0, *(1, 1, 2, 2, 2, 3) * 2),
+    samples=("0", *(f"{g}_{line}" for line in "ab" for g in (1, 2, 4, 6, 8, 11))),
+)
+template = make(EXAMPLE)
