@@ -2,17 +2,24 @@
 
     python benchmarks/methylation_memory.py --json methylation_memory.json
 
-Simulated counts, loci by --samples with a coverage of --coverage, are written as gather writes them: an
-AnnData zarr store in chunks of --chunk loci. Each size has a process of its own, of one thread, that opens
-the store (which reads and checks every entry once) and takes all minibatches of --batch loci of one epoch,
-streamed. The peak is that of the whole process, libraries included (VmHWM of Linux).
+Counts simulated by the template of methylation on its example (13 samples, three contexts, rates that differ
+between loci; the same 262,144 loci again and again, each with a name of its own) are written as gather
+writes them: an AnnData zarr store in chunks of --chunk loci. Each size has a process of its own, which opens
+the store (every entry is read and checked, every name compared), and fits --steps steps of --batch loci,
+streamed: the plan keeps no more than 1 MiB of rows. The peak is that of the whole process, libraries
+included (VmHWM of Linux). Afterwards all minibatches of an epoch are taken, and looked at.
+
+The fit ends without the Newton finish, whose passes over all loci would take a quarter of an hour.
 
 Figures:
-    rss_ratio_1e7_to_1e6: peak memory with the most loci over that with the fewest.
-    rss_gb: peak memory with the most loci.
-    loader_loci_per_s: loci per second of the stream of the most loci, the first reading included.
+    rss_ratio_1e7_to_1e6: peak memory of opening and fitting the most loci over that of the fewest.
+    rss_gb: peak memory of opening and fitting the most loci.
+    open_rss_gb: peak memory of opening them.
+    loader_loci_per_s: loci per second of the stream of the most loci alone, the first reading included; the
+        fastest of --repeats epochs, each of a stream of its own.
     open_loci_per_s: loci per second while the store is opened and checked.
-    wrong_loci: loci that came twice in the epoch, or in its last batch with counts that are not those stored.
+    fit_loci_per_s: loci per second of the steps of the fit, which are too few to be compiled.
+    wrong_loci: loci that came twice in an epoch, or in its last batch with counts that are not those stored.
 """
 
 from __future__ import annotations
@@ -30,67 +37,74 @@ import numpy as np
 import torch
 import zarr
 from record import use_threads, write_json
-from torch.distributions import constraints
 
+from domains.genomics.methylation import EXAMPLE, Prior, make
 from domains.genomics.methylomes import CONTEXTS, CountTable
+from scivi.inference.loop import fit, open_data
+from scivi.inference.plan import Plan
 from scivi.inputs.batches import Batch
 from scivi.inputs.feed import Feed
-from scivi.inputs.fields import Field
-from scivi.inputs.sources import open_source
+from scivi.inputs.sources import TableSource
 
-PIECE = 2**18  # loci simulated at a time
-CPU = torch.device("cpu")
-FIELDS = {
-    "methylated": Field(("locus", "sample"), "observed", constraints.nonnegative_integer),
-    "total": Field(("locus", "sample"), "given", constraints.nonnegative_integer),
-}
+PIECE = 2**18  # loci simulated
+RESIDENT = 2**20  # bytes of rows that may stay in memory
+LAYERS = ("methylated", "total")
+TEMPLATE = make(EXAMPLE, contexts=CONTEXTS)
 
 
-def simulated(loci: int, samples: int, coverage: float, seed: int) -> dict[str, np.ndarray]:
-    """Counts of some loci."""
-    rng = np.random.default_rng(seed)
-    total = rng.poisson(coverage, (loci, samples)).astype(np.uint8)
-    methylated = (rng.random((loci, samples), np.float32) * (total + 1)).astype(np.uint8)
-    return {"methylated": np.minimum(methylated, total), "total": total}
-
-
-def write(path: Path, loci: int, samples: int, coverage: float, chunk: int) -> None:
+def write(path: Path, loci: int, chunk: int) -> None:
     """A store of so many loci on one chromosome."""
-    names = [f"s{k}" for k in range(samples)]
-    table = CountTable(path, names, ["chr1"], CONTEXTS, most=255, chunk_loci=chunk)
+    assert TEMPLATE.simulate is not None
+    some, _ = TEMPLATE.simulate({"locus": PIECE}, Prior(), torch.Generator().manual_seed(0))
+    layers = {name: some[name].to_numpy().astype(np.uint8) for name in LAYERS}
+    context = np.array([CONTEXTS.index(word) for word in some["context"].values], np.uint8)
+    table = CountTable(path, EXAMPLE.samples, ["chr1"], CONTEXTS, most=255, chunk_loci=chunk)
     for first in range(0, loci, PIECE):
         start = np.arange(first, min(loci, first + PIECE))
-        layers = simulated(len(start), samples, coverage, seed=first)
-        table.add("chr1", 1 + start, start % 2, start % 3, layers)
+        n = len(start)
+        table.add("chr1", 1 + start, start % 2, context[:n], {name: layers[name][:n] for name in LAYERS})
     table.close()
 
 
-def run(path: Path, batch: int) -> dict[str, float]:
-    """What is measured: open the store, then take every minibatch of an epoch."""
+def run(path: Path, batch: int, steps: int, repeats: int) -> dict[str, float]:
+    """What is measured: open the store and fit; then the loader alone."""
     begun = time.perf_counter()
-    source = open_source(path, FIELDS, ("locus",))
-    opened = time.perf_counter()
-    feed = Feed(source, FIELDS, ("locus",), batch, 0, CPU, torch.float32, resident_bytes=0, table_bytes=0)
+    source = open_data(TEMPLATE, path)
+    opened, open_rss_gb = time.perf_counter(), peak_gb()
+    plan = Plan(steps=steps, stop=None, newton=False, rows_per_batch=batch, resident_bytes=RESIDENT)
+    found = fit(TEMPLATE, source, plan, progress=False)
+    rss_gb = peak_gb()
+    speeds, wrong = zip(*[epoch(path, source, batch) for _ in range(repeats)], strict=True)
+    return {
+        "rss_gb": rss_gb,
+        "open_rss_gb": open_rss_gb,
+        "open_loci_per_s": source.sizes["locus"] / (opened - begun),
+        "fit_loci_per_s": steps * batch / found.provenance["fit"]["wall_s"],
+        "loader_loci_per_s": max(speeds),
+        "wrong_loci": float(sum(wrong)),
+    }
+
+
+def epoch(path: Path, source: TableSource, batch: int) -> tuple[float, int]:
+    """Take every minibatch of an epoch: loci per second, and how many are wrong."""
+    device, dtype = torch.device("cpu"), torch.float32
+    feed = Feed(source, TEMPLATE.fields, TEMPLATE.row_dims, batch, 0, device, dtype, RESIDENT)
     loci, steps = source.sizes["locus"], source.sizes["locus"] // batch
-    seen = np.zeros(loci, bool)
+    times = np.zeros(loci, np.uint8)
+    begun = time.perf_counter()
     for _ in range(steps):
         some = feed.next()
-        seen[some.index["locus"].numpy()] = True
-    ended = time.perf_counter()
+        times[some.index["locus"].numpy()] += 1
+    elapsed = time.perf_counter() - begun
     feed.close()
-    wrong = steps * batch - int(seen.sum()) + differing(path, some)
-    return {
-        "open_loci_per_s": loci / (opened - begun),
-        "loader_loci_per_s": steps * batch / (ended - opened),
-        "wrong_loci": float(wrong),
-    }
+    return steps * batch / elapsed, steps * batch - int((times == 1).sum()) + differing(path, some)
 
 
 def differing(path: Path, batch: Batch) -> int:
     """Loci of a batch whose counts are not those that are stored."""
     layers: Any = zarr.open_group(path, mode="r")["layers"]
     rows, order = np.unique(batch.index["locus"].numpy(), return_inverse=True)
-    wrong = [(layers[name].oindex[rows][order] != batch.values[name].numpy()).any(1) for name in FIELDS]
+    wrong = [(layers[name].oindex[rows][order] != batch.values[name].numpy()).any(1) for name in LAYERS]
     return int(np.any(wrong, axis=0).sum())
 
 
@@ -100,10 +114,11 @@ def peak_gb() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
-def apart(path: Path, batch: int) -> dict[str, float]:
-    """The same in a process of its own, with its peak."""
-    command = [sys.executable, __file__, "--measure", str(path), "--batch", str(batch)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def apart(path: Path, batch: int, steps: int, repeats: int) -> dict[str, float]:
+    """The same in a process of its own."""
+    command: list[object] = [sys.executable, __file__, "--measure", path, "--batch", batch]
+    command += ["--steps", steps, "--repeats", repeats]
+    told = subprocess.check_output(list(map(str, command)), text=True)
     return json.loads(told.splitlines()[-1])
 
 
@@ -111,31 +126,39 @@ def main() -> None:
     """Write stores, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--loci", type=float, nargs=2, default=[1e6, 1e7])
-    parser.add_argument("--samples", type=int, default=13)
-    parser.add_argument("--coverage", type=float, default=9.0)
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=8192)
-    parser.add_argument(
-        "--folder", type=Path, help="where stores are made, and found again; a new one if left out"
-    )
+    parser.add_argument("--steps", type=int, default=40, help="so many that a stream comes to its 2nd group")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where stores are made for the while")
     parser.add_argument("--measure", type=Path, help="only measure this store, and print the figures")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     use_threads(1)
     if args.measure is not None:
-        print(json.dumps({**run(args.measure, args.batch), "rss_gb": peak_gb()}))
+        print(json.dumps(run(args.measure, args.batch, args.steps, args.repeats)))
         return
     found = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for loci in map(int, args.loci):
             path = Path(folder) / f"{loci}.zarr"
-            write(path, loci, args.samples, args.coverage, args.chunk)
-            found.append(apart(path, args.batch))
+            write(path, loci, args.chunk)
+            found.append(apart(path, args.batch, args.steps, args.repeats))
             print(f"{loci:9d} loci:", ", ".join(f"{name} {value:.4g}" for name, value in found[-1].items()))
     figures = {"rss_ratio_1e7_to_1e6": found[1]["rss_gb"] / found[0]["rss_gb"], **found[1]}
     figures["wrong_loci"] += found[0]["wrong_loci"]
-    settings = {"samples": args.samples, "coverage": args.coverage, "chunk": args.chunk, "batch": args.batch}
-    settings |= {"fewest_loci": args.loci[0], "most_loci": args.loci[1], "threads": 1}
+    settings = {
+        "samples": len(EXAMPLE.samples),
+        "chunk": args.chunk,
+        "batch": args.batch,
+        "steps": args.steps,
+    }
+    settings |= {
+        "resident_bytes": RESIDENT,
+        "fewest_loci": args.loci[0],
+        "most_loci": args.loci[1],
+        "threads": 1,
+    }
     write_json(args.json, __doc__.splitlines()[0], figures, settings)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import sys
 import tomllib
@@ -27,6 +28,8 @@ from scivi.inference.plan import Plan
 if TYPE_CHECKING:
     from scivi.models.template import Template
 
+MOST_DRAWS, FEWEST_DRAWS = 1000, 100  # that a fit leaves of itself
+NUMBERS = 2**25  # draws x observed entries beyond which it leaves fewer (our choice: some seconds, 130 MB)
 ERROR, NOT_TRUSTED, STOPPED_BY_SIGNAL = 1, 3, 75  # 2 is wrong usage; 75 is "try again" in sysexits.h
 
 
@@ -120,7 +123,12 @@ def fit(
     dim: Dim,
     column: Column,
     select: Select,
-    draws: Draws = 1000,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Posterior draws; 1000, or as few as 100 where rows are many.", show_default=False
+        ),
+    ] = None,
     report: Annotated[bool, typer.Option(help="Write report.html and figures.")] = True,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if any.")
@@ -152,9 +160,11 @@ def fit(
     if told["stopped"] == "signal":
         _tell({**summary, "next": "the same command with --resume"}, as_json, quiet)
         raise typer.Exit(STOPPED_BY_SIGNAL)
-    tree = predict(result, source, draws, seed=how.seed)
-    _write(tree, out / "posterior.nc")
-    summary["posterior"] = str(out / "posterior.nc")
+    n_draws, kept = _amount(draws, _entries(result.template, source), out)
+    tree = predict(result, source, n_draws, seed=how.seed, to=kept if kept.suffix == ".zarr" else None)
+    if kept.suffix != ".zarr":
+        _write(tree, kept)
+    summary["posterior"] = str(kept)
     if report:
         summary |= _judge(tree, out / "report.html", figures=out / "figures")
     _tell(summary, as_json, quiet)
@@ -453,6 +463,18 @@ def _opened(template: Template, data: Any, dim: list[str], column: list[str], se
         how = {"dims": _pairs(dim, "--dim"), "columns": _pairs(column, "--column")}
         data = arranged(as_table(data), **how, select=chosen)
     return open_data(template, data)
+
+
+def _entries(template: Template, source: Any) -> int:
+    """Observed entries, of which each draw makes a replicate."""
+    return sum(math.prod(source.sizes[d] for d in template.fields[n].dims) for n in template.observed)
+
+
+def _amount(draws: int | None, entries: int, out: Path) -> tuple[int, Path]:
+    """How many draws a fit leaves, and the file: zarr, written as rows come, where they are many."""
+    if draws is None:
+        draws = max(FEWEST_DRAWS, min(MOST_DRAWS, NUMBERS // max(1, entries)))
+    return draws, out / ("posterior.zarr" if draws * entries > 8 * NUMBERS else "posterior.nc")
 
 
 def _fit_folder(folder: Path) -> Path:

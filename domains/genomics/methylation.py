@@ -29,7 +29,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -44,6 +44,7 @@ from domains.genomics import transmission
 from domains.genomics.pedigrees import Pedigree
 from domains.genomics.reads import Errors, PedigreeReads, seen
 from domains.genomics.transmission import Reproduction
+from scivi.errors import DataError
 from scivi.inputs.fields import Field
 from scivi.models import Batch, Template, guides, sum_product
 from scivi.models.sum_product import Matrix, Tree, Vector
@@ -64,10 +65,8 @@ class Prior:
     effect_sd: float = 1.0  # ln; of an annotation's effect (our choice)
     sigma: float = 1.0  # ln; half-normal scale of the scatter over loci (our choice)
     founder: float = 1.0  # Dirichlet concentration of the founder's states; 1 is uniform
-    nonconversion: float = 0.01  # mean of the exponential-like Beta(1, .) prior; protocols report .001 to .02
-    inappropriate: float = (
-        0.03  # likewise; Genereux et al. 2008, Nucleic Acids Res. 36, e150, report some percent
-    )
+    nonconversion: float = 0.01  # mean of a prior that is densest at 0 (our choice: a percent)
+    inappropriate: float = 0.03  # likewise; Genereux et al. 2008, Nucleic Acids Res. 36, e150, give percents
     overdispersion: float = 0.05  # likewise (our choice)
 
 
@@ -152,12 +151,20 @@ def _transmission(
     return step, tuple(loci.each(founder[..., k]) for k in range(len(form.states)))
 
 
+def _completed(values: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
+    """The latents that loci share, and what follows from them: ln of the median rates, chances of errors."""
+    found = dict(values)
+    for name in RATES:
+        level = values[f"log_mean_{name}"]
+        spread = values[f"{name}_sigma"].square().unsqueeze(-1) / 2 if form.heterogeneous else 0.0
+        found[f"log_{name}"] = level - spread
+    # none above a half, where reads would tell the opposite of what they say
+    return found | {name: values[f"{name}_doubled"] / 2 for name in ("nonconversion", "inappropriate")}
+
+
 def _errors(values: Mapping[str, Tensor]) -> Errors:
-    scalar = {
-        n: values[n] if values[n].dim() else values[n].unsqueeze(0)
-        for n in ("inappropriate", "overdispersion")
-    }
-    return Errors(_event(values["nonconversion"], 1), scalar["inappropriate"], scalar["overdispersion"])
+    shared = [values[name] for name in ("inappropriate", "overdispersion")]
+    return Errors(_event(values["nonconversion"], 1), *(v if v.dim() else v.unsqueeze(0) for v in shared))
 
 
 def _shrinking(mean: float, like: Tensor) -> dist.Beta:
@@ -171,28 +178,32 @@ def model(batch: Batch, prior: Prior, nets: nn.Module | None, *, form: Form) -> 
     contexts, samples = one.expand(len(form.contexts)), one.expand(batch.sizes["sample"])
     values: dict[str, Tensor] = {}
     for name, centre in (("gain", prior.gain), ("loss", prior.loss)):
-        spread = 0.0 * one
+        expected = math.log(centre) * contexts
         if form.heterogeneous:
             values[f"{name}_sigma"] = pyro.sample(f"{name}_sigma", dist.HalfNormal(prior.sigma * one))
-            spread = values[f"{name}_sigma"].square().unsqueeze(-1) / 2
+            expected = expected + values[f"{name}_sigma"].square().unsqueeze(-1) / 2
         # ln of the mean over loci, not of the median: the data tell it almost apart from the scatter
-        expected = math.log(centre) * contexts + spread
-        level = pyro.sample(f"log_mean_{name}", dist.Normal(expected, prior.rate_sd).to_event(1))
-        values[f"log_{name}"] = level - spread
-        pyro.deterministic(f"{name}_rate", values[f"log_{name}"].exp(), event_dim=1)
-        if form.heterogeneous:
-            pyro.deterministic(f"{name}_rate_mean", level.exp(), event_dim=1)
+        level = dist.Normal(expected, prior.rate_sd).to_event(1)
+        values[f"log_mean_{name}"] = pyro.sample(f"log_mean_{name}", level)
         if form.annotations:
             effect = dist.Normal(0 * one, prior.effect_sd * one).expand([len(form.annotations)]).to_event(1)
             values[f"{name}_effect"] = pyro.sample(f"{name}_effect", effect)
     if not form.equilibrium:
         weight = one.expand(len(form.contexts), len(form.states)) * prior.founder
         values["founder"] = pyro.sample("founder", dist.Dirichlet(weight).to_event(1))
-    values["nonconversion"] = pyro.sample(
-        "nonconversion", _shrinking(prior.nonconversion, samples).to_event(1)
-    )
-    for name in ("inappropriate", "overdispersion"):
-        values[name] = pyro.sample(name, _shrinking(getattr(prior, name), one))
+    for name, error in (
+        ("nonconversion_doubled", _shrinking(2 * prior.nonconversion, samples).to_event(1)),
+        ("inappropriate_doubled", _shrinking(2 * prior.inappropriate, one)),
+        ("overdispersion", _shrinking(prior.overdispersion, one)),
+    ):
+        values[name] = pyro.sample(name, error)
+    values = _completed(values, form)
+    for name in RATES:
+        pyro.deterministic(f"{name}_rate", values[f"log_{name}"].exp(), event_dim=1)
+        if form.heterogeneous:
+            pyro.deterministic(f"{name}_rate_mean", values[f"log_mean_{name}"].exp(), event_dim=1)
+    pyro.deterministic("nonconversion", values["nonconversion"], event_dim=1)
+    pyro.deterministic("inappropriate", values["inappropriate"])
     loci = Loci.of(batch, form)
     with batch.plate("locus"):
         z = None
@@ -230,21 +241,17 @@ def nets(sizes: Mapping[str, int], prior: Prior, *, form: Form) -> Nets:
             add(f"{name}_sigma", (), softplus_positive, math.sqrt(2 / math.pi) * prior.sigma)
     if not form.equilibrium:
         add("founder", (c, len(form.states)), constraints.simplex, 1 / len(form.states))
-    add("nonconversion", (s,), constraints.unit_interval, prior.nonconversion)
-    add("inappropriate", (), constraints.unit_interval, prior.inappropriate)
+    add("nonconversion_doubled", (s,), constraints.unit_interval, 2 * prior.nonconversion)
+    add("inappropriate_doubled", (), constraints.unit_interval, 2 * prior.inappropriate)
     add("overdispersion", (), constraints.unit_interval, prior.overdispersion)
     return Nets(guides.global_normal(sites, start, scale=0.05))
 
 
 def guide(batch: Batch, prior: Prior, nets: Nets, *, form: Form) -> None:
     """Joint normal for what loci share; for each locus a normal with the moments of its posterior."""
-    values = dict(nets.globals(batch))
+    values = _completed(nets.globals(batch), form)
     if not form.heterogeneous:
         return
-    for name in RATES:
-        values[f"log_{name}"] = (
-            values[f"log_mean_{name}"] - values[f"{name}_sigma"].square().unsqueeze(-1) / 2
-        )
     with torch.no_grad():
         mean, tril = locus_moments(batch, values, form)
     with batch.plate("locus"):
@@ -429,6 +436,16 @@ def tree_of(pedigree: Pedigree, *, collapsed: bool = True) -> Tree:
     )
 
 
+def form_of(template: Template) -> Form:
+    """What was fixed when a template was made by ``make``."""
+    return cast(Any, template.model).keywords["form"]
+
+
+def pedigree_of(template: Template) -> Pedigree:
+    """The pedigree of a template made by ``make``."""
+    return cast(Any, template.validate).keywords["pedigree"]
+
+
 def validate(
     values: Mapping[str, np.ndarray], coords: Mapping[str, np.ndarray], *, pedigree: Pedigree
 ) -> list[str]:
@@ -535,6 +552,53 @@ def make(
         distinct=True,
         made=("domains.genomics.methylation:make", settings),
     )
+
+
+def from_data(data: Any, pedigree: Pedigree | None = None, **options: Any) -> tuple[Template, Any]:
+    """The template that fits an AnnData of counts which brings its pedigree, and the data for ``fit``.
+
+    From the command line: ``scivi fit domains.genomics.methylation:from_data counts.h5ad --out results``.
+
+    Args:
+        data: AnnData, or the path of one (.h5ad, .zarr), with layers "methylated" and "total", the column
+            "context" in obs, and in uns "pedigree" (columns node, parent, edge_generations) and perhaps
+            "reproduction".
+        pedigree: in place of the one in uns.
+        **options: of ``make``; contexts are by default those that occur.
+
+    Raises:
+        DataError: there is no pedigree. What else is wrong is told when the data are fitted.
+    """
+    uns, samples, contexts = _described(data)
+    if pedigree is None:
+        if "pedigree" not in uns:
+            raise DataError('the data have no pedigree in uns["pedigree"]: from_data(data, pedigree).')
+        pedigree = Pedigree.from_table(uns["pedigree"], samples=samples, check=False)
+    if "reproduction" in uns:
+        options.setdefault("reproduction", str(uns["reproduction"]))
+    options.setdefault("contexts", [c for c in CONTEXTS if c in contexts] or CONTEXTS)
+    return make(pedigree, **options), data
+
+
+def _described(data: Any) -> tuple[Mapping[str, Any], list[str], set[str]]:
+    """Of an AnnData: uns, names of the samples, contexts that occur. Of one on disk no counts are read."""
+    from anndata.io import read_elem
+
+    if hasattr(data, "obs_names"):
+        contexts = data.obs["context"] if "context" in data.obs else []
+        return data.uns, [str(name) for name in data.var_names], set(map(str, np.unique(contexts)))
+    if str(data).endswith(".h5ad"):
+        import h5py
+
+        stored: Any = h5py.File(data, "r")
+    else:
+        import zarr
+
+        stored = zarr.open_group(data, mode="r")
+    uns = {key: read_elem(stored["uns"][key]) for key in ("pedigree", "reproduction") if key in stored["uns"]}
+    samples = [str(name) for name in read_elem(stored["var"]).index]
+    contexts = read_elem(stored["obs"]["context"]) if "context" in stored["obs"] else []
+    return uns, samples, set(map(str, np.unique(contexts)))
 
 
 # Two lines of descent by single seeds, one plant of each sequenced in six generations, and their ancestor.

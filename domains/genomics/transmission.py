@@ -7,7 +7,7 @@ probabilities, none a difference, so that float32 keeps rates of 1e-8.
 
 References:
     Shahryary et al. 2020, Genome Biology 21, 260, doi:10.1186/s13059-020-02161-6 (selfing, clonal).
-    Fu et al. 2010, Ann. Appl. Stat. 4, 871, doi:10.1214/09-AOAS297 (maintenance and de novo, strand by strand).
+    Fu et al. 2010, Ann. Appl. Stat. 4, 871, doi:10.1214/09-AOAS297 (maintenance, de novo).
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ def step(reproduction: Reproduction, gain: Tensor, loss: Tensor) -> Matrix:
 
     "selfing": each of the two gametes draws a copy of the parent, which then may change: with q the
     probability that a gamete is methylated, the offspring has Binomial(2, q) methylated copies, q = gain,
-    (1 + gain - loss) / 2, 1 - loss. Eigenvalues 1, x, x**2 / 2 with x = 1 - gain - loss. "clonal": both copies
-    are passed on, and change independently. "haploid": one copy. "division": the states are those of the two
+    (1 + gain - loss) / 2, 1 - loss. Eigenvalues 1, x, x**2 / 2 with x = 1 - gain - loss. "clonal": both
+    copies are passed on, and change independently. "haploid": one copy. "division": the states are of the two
     strands of a double strand; a daughter cell gets one, at random, and makes the other anew: methylated
     opposite a methylated one with probability 1 - loss (maintenance), opposite an unmethylated one with
     probability gain (de novo).
 
     Args:
         reproduction: as above.
-        gain, loss: probabilities, of one shape.
+        gain: probability of gain.
+        loss: of loss, of the same shape.
     """
     keep_u, keep_m = 1 - gain, 1 - loss
     if reproduction == "selfing":
@@ -67,8 +68,7 @@ def step(reproduction: Reproduction, gain: Tensor, loss: Tensor) -> Matrix:
 def equilibrium(reproduction: Reproduction, gain: Tensor, loss: Tensor) -> Vector:
     """Probabilities of the states after infinitely many generations.
 
-    Args:
-        reproduction, gain, loss: as in ``step``.
+    The arguments are those of ``step``.
     """
     total = gain + loss
     u, m = loss / total, gain / total

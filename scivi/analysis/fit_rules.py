@@ -45,6 +45,10 @@ def optimisation(fit: Mapping[str, Any], level: xr.Dataset | None) -> list[Check
     if again:
         text = f"The fit diverged and was restarted {len(again)} times before it ended well."
         result.append(note("restarts after divergence", text, len(again)))
+    finish = fit.get("finish") or {}
+    if finish.get("alone") and "method" in finish:
+        text = f"Nothing was to be learnt but what rows share; {finish['method']} on the marginal found that."
+        return [*result, note("plateau", text)]
     if level is None:
         return result
     verdicts = [str(v) for v in level["verdict"].values]

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ FEW_ROWS = 512  # rows up to which the population's posterior may be far from no
 FINISH_ROWS = (
     2**13
 )  # rows from which the finish takes curvature and fine nodes (our choice: 1 % in the globals' sd)
-FINISH_NODES = 2**17  # rows x nodes of the curvature, where nodes are few (our choice, likewise)
+FINISH_NODES = 2**15  # rows x nodes of the curvature, where nodes are few (our choice, likewise)
 MOST_FINE_NODES = 2**22  # rows x fine nodes of the finish (our choice: a second, 100 MB at a time)
 NODES_AT_A_TIME = 2**18  # rows x nodes held at once
 
@@ -107,6 +107,7 @@ def begin(template: Template, source: Any, plan: Plan) -> State:
         stream_seed(plan.seed, "order"),
         device,
         dtype,
+        plan.resident_bytes,
     )
     example = next(chunks(source, template.fields, template.row_dims, EXAMPLE_ROWS, device, dtype))
     return new_state(bind(template, example, plan.seed), feed, plan)
@@ -146,8 +147,12 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
     state = begin(template, source, plan) if state is None else state
     with _sampling(state):
         objective = prepare(state.bound, state.bound.example, plan)
-        if state.step == 0 and objective.estimator == "marginal" and plan.newton:
-            _newton_start(state, source, plan)
+        if objective.estimator == "marginal" and plan.newton:
+            if state.step == 0:
+                _newton_start(state, source, plan)
+            if _globals_alone(state.bound):  # the finish finds them: of steps, no more than show the start
+                plan = replace(plan, steps=min(plan.steps, plan.log_every))
+                state.finish["alone"] = True
         stepper = stepper_for(state, objective, plan)
     if state.good is None or not state.window:  # resumed between two entries, it keeps the one before
         state.good = state.pack()
@@ -282,6 +287,13 @@ def _newton_start(state: State, source: Any, plan: Plan) -> None:
     ):
         module.set(found.loc, found.covariance)
         state.finish["start"] = {"steps": found.steps, "step_sd": found.step_sd}
+
+
+def _globals_alone(bound: Bound) -> bool:
+    """Whether there is nothing to learn but the joint normal that the finish sets."""
+    module = marginal.global_module(bound)
+    own = set() if module is None else set(module.parameters())
+    return bool(own) and all(p in own for p in bound.nets.parameters())
 
 
 def _spread_rows(source: Any, bound: Bound, most: int) -> Callable[[int], Iterator[Batch]]:

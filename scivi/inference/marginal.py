@@ -41,6 +41,7 @@ _FARTHEST = (
     2.0  # on the unbounded scale, where 1 is a factor of e for a positive global: a step's reach (our choice)
 )
 _STALE = 0.3  # posterior sd; after a longer step the curvature is worked out anew (our choice)
+_ROUGH, _MOST_ROUNDS = 1.5, 4  # posterior sd; beyond it fine nodes correct again, so often (our choice)
 MOST_DIMS = 16  # above it a few hundred weighted nodes say too little about the marginal (our choice)
 
 
@@ -491,12 +492,19 @@ def newton_finish(
         covariance, stale = _secant(covariance, moved, turned), stale or step_sd > _STALE
     if stale:
         covariance = covariance_at(theta)
-    difference, node_error = torch.zeros_like(slope), math.nan
-    if fine:
-        (v_fine, s_fine), (v, s) = (sloped(theta, rows.some, n) for n in (n_fine, coarse))
-        value, difference = value + rows.weight * (v_fine - v), rows.weight * (s_fine - s)
-        node_error = float((covariance @ difference / covariance.diagonal().sqrt()).abs().max())
-    theta = theta + covariance @ (slope + difference)
+    difference, node_error, rounds = torch.zeros_like(slope), math.nan, 0
+    while True:
+        if fine:
+            (v_fine, s_fine), (v, s) = (sloped(theta, rows.some, n) for n in (n_fine, coarse))
+            value, difference = value + rows.weight * (v_fine - v), rows.weight * (s_fine - s)
+        sd = covariance.diagonal().sqrt()
+        if rounds == 0 and fine:
+            node_error = float((covariance @ difference / sd).abs().max())
+        step = covariance @ (slope + difference)
+        theta, rounds = theta + step, rounds + 1
+        if not fine or rounds == _MOST_ROUNDS or not float((step / sd).abs().max()) > _ROUGH:
+            break
+        value, slope = posterior(theta)
     evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
     loc, covariance = theta.to(module.loc), covariance.to(module.loc)
     return Newton(loc, covariance, step_sd, taken, n_fine if fine else coarse, node_error, evidence)

@@ -74,6 +74,8 @@ class Plan:
         seed: of initial values, row order and sampling, as three separate streams.
         log_every: steps between two entries of the history.
         save_every_s: seconds between two checkpoints.
+        resident_bytes: rows are kept in memory if they take at most so much there, in narrow types; else they
+            are streamed from where they are, in an order that is shuffled within groups of stored chunks.
         restarts: how often a diverged fit goes back to its last good state with half the learning rate.
         stop: the stop rule; None runs all steps.
 
@@ -104,6 +106,7 @@ class Plan:
     seed: int = 0
     log_every: int = 50
     save_every_s: float = 60.0
+    resident_bytes: int = 2**31
     restarts: int = 2
     stop: Plateau | None = Plateau()
 
@@ -171,6 +174,7 @@ def _plateau(table: Mapping[str, Any]) -> Plateau:
 
 def _faults_of_numbers(plan: Plan) -> list[str]:
     least = {"steps": 1, "particles": 1, "nodes": 1, "kl_warmup": 0, "log_every": 1, "restarts": 0, "seed": 0}
+    least["resident_bytes"] = 0
     faults = []
     for name, low in least.items():
         value = getattr(plan, name)

@@ -110,7 +110,13 @@ def _of_element(element: Any, dims: tuple[str, ...]) -> Column:
         values, mask, text = element["values"], element["mask"], encoding == "nullable-string-array"
         gap = np.array(None if text else np.nan)
         dtype = np.dtype(object if text else float)
-        return from_disk(lambda key: np.where(mask[key], gap, values[key]), dims, values.shape, dtype)
+        return from_disk(
+            lambda key: np.where(mask[key], gap, values[key]),
+            dims,
+            values.shape,
+            dtype,
+            chunk=_chunk(values),
+        )
     if encoding == "categorical":
         categories = _of_element(element["categories"], ("category",))
         return from_categories(_of_element(element["codes"], dims), lambda: categories.get([None]))
@@ -118,7 +124,13 @@ def _of_element(element: Any, dims: tuple[str, ...]) -> Column:
         shape = tuple(getattr(element, "shape", ()))
         return Column(dims, shape, np.dtype(object), lambda index: np.empty(shape, object))
     read = element.asstr() if element.dtype.kind == "O" and hasattr(element, "asstr") else element  # HDF5
-    return from_disk(lambda key: np.asarray(read[key]), dims, tuple(element.shape), np.dtype(element.dtype))
+    shape, dtype = tuple(element.shape), np.dtype(element.dtype)
+    return from_disk(lambda key: np.asarray(read[key]), dims, shape, dtype, chunk=_chunk(element))
+
+
+def _chunk(array: Any) -> int | None:
+    """Rows of an HDF5 or zarr array that are stored together."""
+    return array.chunks[0] if array.ndim and array.chunks else None
 
 
 def _of_frame(group: Any, dims: tuple[str, ...]) -> Column:

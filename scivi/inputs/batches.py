@@ -84,13 +84,16 @@ class Batch:
     def observe(self, name: str, distribution: Any) -> Tensor:
         """A sample site given the data: missing entries are masked out, and it is free when predicting.
 
-        Of an event that does not factorise (not made by ``to_event``), one missing entry masks the whole.
+        Of an event that does not factorise (not made by ``to_event``), one missing entry masks the whole,
+        unless the distribution has a method ``present(mask)`` that gives the distribution of the rest.
         """
         if self.predicting:
             return pyro.sample(name, distribution)
         mask = self.observed_mask.get(name)
         if mask is not None:
-            if isinstance(distribution, Independent):
+            if hasattr(distribution, "present"):
+                distribution = distribution.present(mask)
+            elif isinstance(distribution, Independent):
                 distribution = distribution.base_dist.mask(mask).to_event(
                     distribution.reinterpreted_batch_ndims
                 )

@@ -30,6 +30,7 @@ class Column:
         codes: the same entries as places in ``categories`` (-1 where missing), if that is how they are held.
         categories: reads the words that the codes stand for.
         said: of a column of the places of labels, the words as they were.
+        chunk: entries along the first axis that are stored together, and are read together, or None.
     """
 
     dims: tuple[str, ...]
@@ -41,6 +42,7 @@ class Column:
     codes: Callable[[Index], np.ndarray] | None = None
     categories: Callable[[], np.ndarray] | None = None
     said: Callable[[Index], np.ndarray] | None = None
+    chunk: int | None = None
 
     @property
     def numeric(self) -> bool:
@@ -104,7 +106,7 @@ def from_categories(codes: Column, categories: Callable[[], np.ndarray]) -> Colu
         return words_at(codes.get(index), categories())
 
     own = {"codes": codes.get, "categories": categories}
-    return Column(codes.dims, codes.shape, np.dtype(object), get, **own)
+    return Column(codes.dims, codes.shape, np.dtype(object), get, chunk=codes.chunk, **own)
 
 
 def words_at(places: np.ndarray, words: Iterable[Any]) -> np.ndarray:
@@ -130,7 +132,8 @@ def labelled(column: Column, labels: Sequence[str]) -> Column:
     codes = column.codes
     of_codes = None if column.categories is None else placed(column.categories())
     get = of_words if codes is None or of_codes is None else lambda index: of_codes[codes(index)]
-    return Column(column.dims, column.shape, np.dtype(np.float32), get, column.scan, said=column.get)
+    own = {"said": column.get, "chunk": column.chunk}
+    return Column(column.dims, column.shape, np.dtype(np.float32), get, column.scan, **own)
 
 
 def from_series(series: Any, dims: tuple[str, ...]) -> Column:
@@ -155,6 +158,7 @@ def from_disk(
     shape: tuple[int, ...],
     dtype: np.dtype,
     scan: int | None = None,
+    chunk: int | None = None,
 ) -> Column:
     """A column of which only blocks can be read: neighbouring rows in one reading, then put in order."""
 
@@ -180,7 +184,7 @@ def from_disk(
                 array = np.take(array, places, axis)
         return array
 
-    return Column(dims, shape, dtype, get, scan)
+    return Column(dims, shape, dtype, get, scan, chunk=chunk)
 
 
 def arranged(
@@ -269,4 +273,5 @@ def _kept(column: Column, places: Mapping[str, np.ndarray]) -> Column:
     shape = tuple(n if k is None else len(k) for n, k in zip(column.shape, kept, strict=True))
     sparse = column.sparse and column.sparse.chosen(*kept)
     codes = column.codes and at(column.codes)
-    return replace(column, shape=shape, get=at(column.get), sparse=sparse, codes=codes)
+    chunk = column.chunk if kept[0] is None else None  # some rows of each chunk are not wanted
+    return replace(column, shape=shape, get=at(column.get), sparse=sparse, codes=codes, chunk=chunk)

@@ -14,9 +14,11 @@ from scivi.errors import PlanError
 from scivi.inputs.batches import Batch, Source, make_batch, take
 from scivi.inputs.fields import Field
 from scivi.inputs.held import Held, kept_nbytes
+from scivi.inputs.sources import TableSource
 
 _FULL_LIMIT = 100_000  # rows: above it a full-batch step is a mistake more often than a wish (our choice)
 _BLOCK, _BLOCKS = 1024, 32  # on-disk rows are read in blocks and shuffled 32 blocks at a time (our choice)
+_GROUP = 2**26  # bytes of blocks that are shuffled together at most, if blocks are whole chunks (our choice)
 
 
 @dataclass
@@ -34,6 +36,10 @@ class Order:
     A group that holds all rows gives a full shuffle. The incomplete batch at the end of an epoch is left out:
     every row has the same chance of that, so the minibatch objective stays unbiased.
 
+    The blocks follow each other in a new order, and the first group begins somewhere in it, within a block:
+    so every row has the same chance of every place, though the last block may be short, and blocks stay where
+    they are stored.
+
     Args:
         n: number of rows.
         seed: of the order; epochs are independent streams of it.
@@ -43,20 +49,20 @@ class Order:
 
     def __init__(self, n: int, seed: int, block: int, blocks: int) -> None:
         self.n, self.seed, self.block, self.blocks = n, seed, block, blocks
-        n_blocks = -(-n // block)
-        self.n_groups = -(-n_blocks // blocks)
+        self.n_groups = -(-n // (block * blocks))
         self._cache: tuple[int, int, np.ndarray] | None = None
 
     def group(self, epoch: int, group: int) -> np.ndarray:
         """Rows of one group, shuffled."""
         if self._cache is None or self._cache[:2] != (epoch, group):
             rng = np.random.default_rng([self.seed, epoch])
-            blocks, first = rng.permutation(-(-self.n // self.block)), rng.integers(self.n)
-            chosen = blocks[group * self.blocks : (group + 1) * self.blocks]
-            rows = np.concatenate(
-                [np.arange(b * self.block, min(self.n, (b + 1) * self.block)) for b in chosen]
-            )
-            rows = (rows + first) % self.n  # each row has the same chance of standing in the short last block
+            starts = self.block * rng.permutation(-(-self.n // self.block))
+            ends = np.cumsum(np.minimum(self.block, self.n - starts))
+            size, first = self.block * self.blocks, rng.integers(self.n)
+            places = np.arange(group * size, min(self.n, (group + 1) * size))
+            places = (places + first) % self.n
+            shift = starts - ends + np.minimum(self.block, self.n - starts)
+            rows = places + (shift[np.searchsorted(ends, places, side="right")] if len(ends) > 1 else 0)
             rows = np.random.default_rng([self.seed, epoch, group]).permutation(rows)
             self._cache = (epoch, group, rows)
         return self._cache[2]
@@ -81,16 +87,17 @@ class Order:
 
 
 class Feed:
-    """Minibatches for training, forever, in an order that only the seed decides.
+    """Minibatches for training, forever, in a seeded order.
 
-    Data are held in one of three ways, which give the same batches:
+    Data are held in one of three ways:
 
     - a *table*: all rows as tensors on the device, from which a compiled step takes rows itself. Data up to
       ``resident_bytes``; but only up to ``table_bytes`` if narrow types and CSR would save a quarter, the
       device is the CPU (to another, every batch would have to be moved) and a batch is not all rows;
     - *held*: all rows in narrow types and as CSR, up to ``resident_bytes``; a batch is made when wanted;
     - *streamed*: a group of blocks is held at a time, read by a thread that stays one group ahead. The order
-      is then shuffled within groups.
+      is then shuffled within groups. Blocks are whole chunks of the source, so that a chunk is read once an
+      epoch, or twice where two groups share it; the order depends on how the source is stored.
 
     Args:
         source: where rows are read from.
@@ -134,11 +141,19 @@ class Feed:
         self.orders = {}
         for k, row in enumerate(rows):
             n, at_once = self.sizes[row], whole or k > 0
-            self.orders[row] = Order(n, seed + 7919 * k, n if at_once else _BLOCK, 1 if at_once else _BLOCKS)
+            block, blocks = (n, 1) if at_once else self._blocks(row, kept)
+            self.orders[row] = Order(n, seed + 7919 * k, block, blocks)
         self._table = self._read() if self.resident else None
         self._held = self._hold(None) if whole and not self.resident else None
         self._pool = None if whole else ThreadPoolExecutor(1, thread_name_prefix="scivi-feed")
         self._ahead: dict[tuple[int, int], Future[Held]] = {}
+
+    def _blocks(self, row: str, kept: int) -> tuple[int, int]:
+        """Rows of a block, whole chunks of the source if that is not too much, and blocks of a group."""
+        chunk = self.source.chunk(row) if isinstance(self.source, TableSource) else 1
+        block = chunk * -(-_BLOCK // chunk)
+        blocks = min(_BLOCKS, _GROUP * self.sizes[row] // max(1, kept * block))
+        return (block, blocks) if 4 * blocks >= _BLOCKS else (_BLOCK, _BLOCKS)
 
     def _read(self) -> Batch:
         arrays = self.source.read({})
@@ -197,13 +212,13 @@ class Feed:
         following = (key[0], key[1] + 1) if key[1] + 1 < order.n_groups else (key[0] + 1, 0)
         if following not in self._ahead:
             self._ahead = {key: self._ahead[key], following: self._submit(following)}
-        return group.batch({first: order.group(*key)[places], **rest})
+        return group.batch({first: places, **rest})
 
     def _submit(self, key: tuple[int, int]) -> Future[Held]:
         assert self._pool is not None
         shared = self.orders[self.rows[0]]
         order = Order(shared.n, shared.seed, shared.block, shared.blocks)  # the thread's own
-        return self._pool.submit(lambda: self._hold(np.sort(order.group(*key))))
+        return self._pool.submit(lambda: self._hold(order.group(*key)))
 
     def _joined(self, parts: Sequence[Batch]) -> Batch:
         first = self.rows[0]

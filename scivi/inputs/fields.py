@@ -12,6 +12,7 @@ from torch.distributions import constraints
 
 from scivi.errors import DataError, TemplateError, listed
 
+_WHOLE = (constraints.integer_interval, type(constraints.nonnegative_integer))
 _SHOWN, _FEW = 20, 4  # labels that a message lists, and words that are none of them
 RESERVED = ("plate", "observe", "sizes", "rows", "index", "values", "observed_mask", "predicting", "to")
 
@@ -138,6 +139,10 @@ def outside_support(values: np.ndarray, field: Field) -> np.ndarray:
 
     Missing entries (NaN) are allowed in observed fields only, and are never reported here for those.
     """
+    if values.dtype.kind in "biu" and isinstance(field.support, _WHOLE) and values.size:
+        low, high = field.support.lower_bound, getattr(field.support, "upper_bound", np.inf)
+        if low <= values.min() and values.max() <= high:
+            return np.zeros(values.shape, bool)
     values = np.asarray(values, dtype=np.float64)
     missing = np.isnan(values)
     inside = field.support.check(torch.from_numpy(np.where(missing, field.feasible, values))).numpy()

@@ -33,7 +33,7 @@ class Held:
     Args:
         source: where they are read from, once.
         fields, rows: of the template.
-        places: rows along the first row dim, in rising order; None for all.
+        places: rows along the first row dim, in any order; None for all.
         device, dtype: of the batches.
 
     Notes:
@@ -57,7 +57,11 @@ class Held:
             arrays = source.kept(rows[0], places, self.wanted)
             self.gaps = frozenset(name for name, span in source.spans.items() if span.gaps)
         else:
-            arrays = source.read({} if places is None else {rows[0]: places})
+            rising, back = (None, None) if places is None else np.unique(places, return_inverse=True)
+            arrays = source.read({} if rising is None else {rows[0]: rising})
+            if back is not None:
+                with_row = [(n, f.dims.index(rows[0])) for n, f in fields.items() if rows[0] in f.dims]
+                arrays = {**arrays, **{n: np.take(arrays[n], back, axis) for n, axis in with_row}}
             self.gaps = frozenset(n for n, a in arrays.items() if a.dtype.kind == "f" and np.isnan(a).any())
         own = {name for name, f in fields.items() if set(f.dims) & set(rows)}
         self.fields, self.own = dict(fields), {name: f for name, f in fields.items() if name in own}
@@ -75,10 +79,13 @@ class Held:
         return sum(array.nbytes for part in parts for array in part)
 
     def batch(self, index: Mapping[str, np.ndarray]) -> Batch:
-        """The batch of some of these rows, by row dim; a dim that is not named stays whole."""
-        places = dict(index)
+        """The batch of some of these rows, by row dim; a dim that is not named stays whole.
+
+        Along the first row dim ``index`` has places among the rows that are held.
+        """
+        places, index = index, dict(index)
         if self.places is not None and self.rows[0] in index:
-            places[self.rows[0]] = np.searchsorted(self.places, index[self.rows[0]])
+            index[self.rows[0]] = self.places[index[self.rows[0]]]
         arrays = {name: self._dense(name, places) for name in self.own}
         batch = make_batch(arrays, self.own, self.sizes, self.rows, index, self.device, self.dtype, self.gaps)
         values = {**self.common.values, **batch.values}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -24,9 +26,10 @@ from scivi.inputs.tables import as_table, from_table, pivoted
 
 __all__ = ["TableSource", "arranged", "as_table", "from_anndata", "from_table", "open_source"]
 
-_CHUNK = 2**21  # entries of a field that are checked at a time (our choice: 16 MB as float64)
+_CHUNK = 2**19  # entries of a field that are checked at a time (our choice: 4 MB as float64)
 _PIECE = 2**23  # entries that are read before they take a narrower type (our choice: 64 MB as float64)
-_LABELS = 2**18  # labels that are read at a time (our choice: 20 MB as text)
+_LABELS = 2**16  # labels that are read at a time (our choice: 5 MB as text)
+_HASHES = 2**20  # hashes of labels that are compared at a time (our choice: 8 MB)
 _MOST_LABELS = 1_000_000  # labels that are read to warn of repeated ones (our choice)
 
 
@@ -83,20 +86,31 @@ class TableSource:
 
         Args:
             row: the dim of which only some rows may be wanted.
-            places: those rows, best in rising order; None for all.
+            places: those rows, in any order; None for all.
             wanted: the type that the entries shall have in the end.
 
         Returns:
             By field an array of the narrowest type that holds it, or a CSR array if that is smaller.
         """
-        return {name: self._kept(name, row, places, wanted) for name in self.fields}
+        rising = None if places is None else np.argsort(places)  # neighbours are read together
+        return {name: self._kept(name, row, places, rising, wanted) for name in self.fields}
 
     def kept_nbytes(self, row: str, wanted: np.dtype) -> int:
         """Memory that ``kept`` takes of all rows."""
         return sum(int(min(self._nbytes(name, row, wanted))) for name in self.fields)
 
+    def chunk(self, row: str) -> int:
+        """Rows that are stored together along a dim, in the column with the most to read; 1 if none are."""
+
+        def nbytes(column: Column) -> int:
+            n = math.prod(column.shape) if column.sparse is None else column.sparse.nnz
+            return n * column.dtype.itemsize
+
+        columns = [c for c in self.columns.values() if row in c.dims[:1]]
+        return max(columns, key=nbytes).chunk or 1 if columns else 1
+
     def _kept(
-        self, name: str, row: str, places: np.ndarray | None, wanted: np.dtype
+        self, name: str, row: str, places: np.ndarray | None, rising: np.ndarray | None, wanted: np.dtype
     ) -> np.ndarray | csr_array:
         dtype, dims = self._narrowest(name, wanted), self.fields[name].dims
         dense, sparse = self._nbytes(name, row, wanted)
@@ -111,7 +125,8 @@ class TableSource:
         shape = [len(rows) if d == row else self.sizes[d] for d in dims]
         array, step = np.empty(shape, dtype), max(1, _PIECE * len(rows) // max(1, math.prod(shape)))
         for start in range(0, len(rows), step):
-            some = slice(start, start + step)
+            stop = start + step
+            some = slice(start, stop) if rising is None else rising[start:stop]
             array[(slice(None),) * axis + (some,)] = self.whole(name, {row: rows[some]})
         return array
 
@@ -285,7 +300,8 @@ def _checked(
         if bound:
             own, sizes = declared.dims, source.sizes
         along = next((d for d in (*rows, *own) if d in own), None)
-        step = max(1, _CHUNK * sizes.get(along or "", 1) // max(1, math.prod(sizes[d] for d in own)))
+        step = _CHUNK * sizes.get(along or "", 1) // max(1, math.prod(sizes[d] for d in own))
+        step = _whole(max(1, step), column.chunk if along == column.dims[0] else None) if along else 1
         digest.update(f"{name} {own} {[sizes[d] for d in own]}".encode())
         tally, spans[name] = Tally(name, declared, own), Span()
         for start in range(0, sizes[along] if along else 1, step):
@@ -304,28 +320,44 @@ def _checked(
     return digest.hexdigest(), spans, faults
 
 
+def _whole(n: int, chunk: int | None) -> int:
+    """About so many rows, best in whole chunks: fewer, or up to four times as many if a chunk has more."""
+    chunk = chunk or 1
+    return n - n % chunk or min(chunk, 4 * n)
+
+
 def _said(source: TableSource, name: str, index: Mapping[str, np.ndarray]) -> np.ndarray:
     return source.entries(name, index, said=True)[0]
 
 
 def _repeated(dim: str, labels: Column) -> str:
-    """A sentence on the labels of a dim that occur more than once, if there are any.
-
-    They are read in chunks, of which only hashes are kept: 8 bytes a label.
-    """
-    n = labels.shape[0]
-    hashes = np.fromiter(map(hash, _one_by_one(labels)), np.int64, n)
-    hashes.sort()
-    shared = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-    count = Counter(label for label in _one_by_one(labels) if hash(label) in shared) if shared else {}
+    """A sentence on the labels of a dim that occur more than once, if there are any."""
+    shared = _shared_hashes(labels)
+    told = (label for some in _in_chunks(labels) for label in some)
+    count = Counter(label for label in told if hash(label) in shared) if shared else {}
     again = [label for label, times in count.items() if times > 1]
     if not again:
         return ""
     return f'{len(again)} labels of "{dim}" occur more than once; the first is "{again[0]}".'
 
 
-def _one_by_one(labels: Column) -> Iterator[Any]:
-    n = labels.shape[0]
-    for start in range(0, n, _LABELS):
-        some = labels.get([np.arange(start, min(n, start + _LABELS))])
-        yield from (some.astype(str) if some.dtype.kind in "mM" else some).tolist()
+def _shared_hashes(labels: Column) -> set[int]:
+    """Hashes that several labels have. A file takes them all, 8 bytes each; part by part they are sorted."""
+    n_parts, shared = 1 + labels.shape[0] // _HASHES, set()
+    with tempfile.TemporaryFile() as file:
+        for some in _in_chunks(labels):
+            file.write(np.fromiter(map(hash, some), np.int64, len(some)).tobytes())
+        for part in range(n_parts):
+            file.seek(0)
+            blocks = map(np.frombuffer, iter(partial(file.read, 8 * _LABELS), b""), repeat(np.int64))
+            hashes = np.concatenate([np.empty(0, np.int64), *(b[b % n_parts == part] for b in blocks)])
+            hashes.sort()
+            shared.update(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    return shared
+
+
+def _in_chunks(labels: Column) -> Iterator[list[Any]]:
+    n, step = labels.shape[0], _whole(_LABELS, labels.chunk)
+    for start in range(0, n, step):
+        some = labels.get([np.arange(start, min(n, start + step))])
+        yield (some.astype(str) if some.dtype.kind in "mM" else some).tolist()

@@ -124,7 +124,8 @@ def _of_variable(variable: xr.Variable) -> Column:
     dims = tuple(str(d) for d in variable.dims)
     if variable._in_memory:  # xarray has no public word for it; without it rows would be read block by block
         return from_array(variable.values, dims)
-    return from_disk(lambda key: variable[key].values, dims, variable.shape, variable.dtype)
+    chunk = variable.encoding.get("preferred_chunks", {}).get(dims[0]) if dims else None
+    return from_disk(lambda key: variable[key].values, dims, variable.shape, variable.dtype, chunk=chunk)
 
 
 def _of_frame(frame: Any) -> Table:

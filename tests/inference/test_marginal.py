@@ -75,7 +75,7 @@ def model_with(*names):
     ("template", "words"),
     [
         (replace(hierarchy(), guide=None, nets=None), "the guide is not amortised"),
-        (shared, "there is no latent per row"),
+        (shared, "there is no latent per row, nor a joint normal of all globals"),
         (
             replace(hierarchy(), guide=guide_with(("z", lambda y: dist.StudentT(3.0, y, 1.0)))),
             'the guide\'s site "z" is no smooth map of normal noise',

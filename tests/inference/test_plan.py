@@ -34,6 +34,8 @@ def test_every_unusable_value_is_told_at_once():
         ({"steps": True}, "steps = True; it must be a whole number of at least 1"),
         ({"steps": 1.5}, "steps = 1.5"),
         ({"seed": -1}, "seed = -1"),
+        ({"resident_bytes": -1}, "resident_bytes = -1; it must be a whole number of at least 0"),
+        ({"resident_bytes": 2e9}, "resident_bytes = 2000000000.0"),
         ({"lr": float("nan")}, "lr = nan; it must be a number above 0"),
         ({"estimator": "iwae"}, '"iwae" needs particles >= 2'),
         ({"stop": 3}, "stop = 3; it must be a Plateau or None"),

@@ -30,6 +30,7 @@ CASES = {
     ),  # marginal; its set-up draws random numbers of its own
     "newton": (hierarchy(OFF), {"rows_per_batch": 7, "newton": True}),
     "sgd": (schools, {"rows_per_batch": 7, "estimator": "stl", "optimiser": "sgd", "lr": 1e-3}),
+    "streamed": (schools, {"rows_per_batch": 7, "estimator": "trace", "resident_bytes": 0}),
     "growing": (
         schools,
         {"rows_per_batch": 4, "rows_per_batch_max": 32, "grow_below": 0.9, "estimator": "trace"},

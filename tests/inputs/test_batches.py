@@ -45,6 +45,33 @@ def test_an_order_goes_once_through_all_rows():
     np.testing.assert_array_equal(order.group(0, 0), Order(100, seed=3, block=8, blocks=3).group(0, 0))
 
 
+@pytest.mark.parametrize(("n", "block", "blocks"), [(50, 8, 3), (48, 8, 3), (50, 64, 2), (50, 7, 20)])
+def test_every_row_has_the_same_chance_of_every_place(n, block, blocks):
+    epochs, seen, order = 3000, np.zeros((n, n)), Order(n, 5, block, blocks)
+    for epoch in range(epochs):
+        rows = np.concatenate([order.group(epoch, g) for g in range(order.n_groups)])
+        assert len(rows) == n
+        seen[rows, np.arange(n)] += 1
+    # each of the n^2 numbers is binomial with a chance of 1 / n: sd (3000 * 1/50 * 49/50)^.5 = 7.7
+    assert abs(seen - epochs / n).max() < 6 * (epochs / n * (1 - 1 / n)) ** 0.5
+
+
+@pytest.mark.parametrize(("n", "block", "blocks"), [(1000, 20, 6), (1007, 20, 6), (1007, 21, 5)])
+def test_blocks_lie_where_they_are_stored(n, block, blocks):
+    order, n_blocks = Order(n, 5, block, blocks), -(-n // block)
+    for epoch in range(50):
+        groups = [order.group(epoch, g) for g in range(order.n_groups)]
+        n_parts = sum(len(np.unique(rows // block)) for rows in groups)
+        assert n_blocks <= n_parts <= n_blocks + order.n_groups  # the ends of a group lie within a block
+
+
+def test_the_order_of_rows_in_memory_is_what_it_was():
+    rng, places = np.random.default_rng([3, 2]), np.arange(50)  # only our own code says so: a regression test
+    rng.permutation(1)
+    rows = np.random.default_rng([3, 2, 0]).permutation((places + rng.integers(50)) % 50)
+    np.testing.assert_array_equal(Order(50, seed=3, block=50, blocks=1).group(2, 0), rows)
+
+
 def test_batches_hold_the_rows_that_they_name(resident):
     stream = feed(50, 7, resident=resident, gaps=True)
     for _ in range(20):

@@ -3,21 +3,24 @@ from __future__ import annotations
 import gc
 import threading
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from scipy import sparse
 from torch.distributions import constraints
 
 from scivi.inputs import feed as feeds
 from scivi.inputs.batches import Batch
+from scivi.inputs.columns import Table, from_disk
 from scivi.inputs.feed import Feed
 from scivi.inputs.fields import Field
 from scivi.inputs.narrow import Span
-from scivi.inputs.sources import arranged, as_table, from_anndata, open_source
+from scivi.inputs.sources import TableSource, arranged, as_table, from_anndata, open_source
 
 N, GENES, ROWS = 300, 40, ("cell",)
 FIELDS = {
@@ -259,6 +262,117 @@ def test_a_source_of_another_kind_is_streamed_too(small_blocks):
         assert torch.equal(mask[:, 3], batch.index["cell"] % 7 != 0)
         torch.testing.assert_close(batch.X[mask], torch.from_numpy(x)[batch.index["cell"]][mask])
     stream.close()
+
+
+# ---------------------------------------------------------------- rows that are stored together
+
+READS = {
+    "methylated": Field(("locus", "sample"), "observed", constraints.nonnegative_integer, at_most="total"),
+    "total": Field(("locus", "sample"), "given", constraints.nonnegative_integer),
+    "start": Field(("locus",)),
+}
+
+
+def chunked(n: int, chunk: int) -> tuple[TableSource, np.ndarray, list[int]]:
+    """A source that writes down which chunks of "methylated" are read, and what is in it."""
+    reads, starts = np.arange(3 * n).reshape(n, 3) % 200, np.arange(n) * 10.0
+    read: list[int] = []
+
+    def block(key: tuple[slice, ...]) -> np.ndarray:
+        read.extend(range(key[0].start // chunk, (key[0].stop - 1) // chunk + 1))
+        return reads[key].astype(np.uint8)
+
+    dims = ("locus", "sample")
+    columns = {
+        "methylated": from_disk(block, dims, (n, 3), np.dtype(np.uint8), chunk=chunk),
+        "total": from_disk(lambda key: reads[key], dims, (n, 3), reads.dtype, chunk=chunk),
+        "start": from_disk(lambda key: starts[key], ("locus",), (n,), starts.dtype, chunk=5 * chunk),
+    }
+    return open_source(Table(columns), READS, ("locus",)), reads, read
+
+
+def stream_of(source: TableSource, size: int, seed: int = 0) -> Feed:
+    cpu = torch.device("cpu")
+    return Feed(source, READS, ("locus",), size, seed, cpu, torch.float32, resident_bytes=0)
+
+
+@pytest.mark.parametrize("n", [700, 713])
+def test_a_chunk_is_read_once_an_epoch_but_where_groups_share_it(n, small_blocks):
+    source, reads, read = chunked(n, chunk=20)
+    stream, epochs, seen = stream_of(source, size=n // 20), 10, []
+    order = stream.orders["locus"]
+    assert (order.block, order.n_groups) == (20, -(-n // 100))
+    read.clear()
+    for _ in range(20 * epochs):
+        batch = stream.next()
+        rows = batch.index["locus"].numpy()
+        np.testing.assert_array_equal(batch.methylated.numpy(), reads[rows])
+        np.testing.assert_array_equal(batch.start.numpy(), rows * 10.0)
+        seen.append(rows)
+    stream.close()
+    for epoch in range(epochs):
+        rows = np.concatenate(seen[20 * epoch : 20 * epoch + 20])
+        assert len(set(rows.tolist())) == len(rows) == n - n % 20  # the incomplete batch is left out
+    n_chunks, a_group = -(-n // 20), 6 + 1
+    assert n_chunks * epochs <= len(read) <= (n_chunks + order.n_groups) * epochs + a_group
+
+
+def test_blocks_are_several_small_chunks_and_no_chunk_that_is_too_large(small_blocks, monkeypatch):
+    assert stream_of(chunked(700, chunk=7)[0], 35).orders["locus"].block == 21
+    monkeypatch.setattr(feeds, "_GROUP", 4 * 20 * 8)  # 4 chunks of 20 rows, each of 6 counts and a place
+    order = stream_of(chunked(700, chunk=20)[0], 35).orders["locus"]
+    assert (order.block, order.blocks) == (20, 4)
+    order = stream_of(chunked(700, chunk=100)[0], 35).orders["locus"]
+    assert (order.block, order.blocks) == (16, 5)
+
+
+def test_a_restored_stream_of_chunks_goes_on_to_the_bit(small_blocks):
+    first, second = (stream_of(chunked(713, chunk=20)[0], 35, seed=5) for _ in range(2))
+    for _ in range(33):
+        first.next()
+    second.restore(first.state())
+    for _ in range(33):
+        assert_same(first.next(), second.next())
+    first.close(), second.close()
+
+
+def test_entries_are_checked_chunk_by_chunk(monkeypatch):
+    monkeypatch.setattr("scivi.inputs.sources._CHUNK", 3 * 90)
+    read = chunked(700, chunk=20)[2]
+    assert sorted(read) == sorted([*range(35)])
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "adata zarr", "zarr", "nc", "memory"])
+def test_chunks_of_every_kind_of_store_are_known(kind, tmp_path):
+    x, depth = counts().toarray(), np.arange(N) * 0.5
+    table = xr.Dataset({"X": (("cell", "gene"), x), "depth": ("cell", depth), "length": ("gene", x[0])})
+    adata = anndata.AnnData(x, {"depth": depth}, {"length": x[0]})
+    path: object = tmp_path / f"a.{kind[-4:].strip()}"
+    chunk = {"X": {"chunks": (48, GENES)}}
+    match kind:
+        case "h5ad":
+            adata.write_h5ad(tmp_path / "a.h5ad", compression="gzip")
+            import h5py
+
+            with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+                del file["X"]
+                new = file.create_dataset("X", data=x, chunks=(48, GENES))
+                new.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        case "adata zarr":
+            with warnings.catch_warnings():  # anndata 0.12 announces that its format will change
+                warnings.simplefilter("ignore")
+                adata.write_zarr(tmp_path / "a.zarr", chunks=(48, GENES))
+        case "zarr":
+            table.to_zarr(tmp_path / "a.zarr", encoding=chunk, zarr_format=2)
+        case "nc":
+            chunk = {"X": {"chunksizes": (48, GENES)}}
+            table.to_netcdf(tmp_path / "a.nc", encoding=chunk, engine="h5netcdf")
+        case _:
+            path = table
+    data = of_h5ad(path) if "ad" in kind else path
+    assert open_source(data, FIELDS, ROWS).chunk("cell") == (1 if kind == "memory" else 48)
+    some = arranged(as_table(data), select={"cell": np.arange(0, N, 2).astype(str)})
+    assert open_source(some, FIELDS, ROWS).chunk("cell") == 1
 
 
 # ---------------------------------------------------------------- as narrow as the entries allow

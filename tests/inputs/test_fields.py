@@ -37,6 +37,19 @@ def test_support_is_told_and_held(words, case):
     assert bool(support.check(torch.tensor(field.feasible)))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, bool])
+@pytest.mark.parametrize("words", [words for words in SUPPORTS if "whole" in words])
+def test_whole_numbers_need_not_become_floats_to_be_held_to_bounds(words, dtype, monkeypatch):
+    support, inside, outside = SUPPORTS[words]
+    field = Field(("row",), "observed", support)
+    info = None if dtype is bool else np.iinfo(dtype)
+    fits = [x for x in outside if info and x == round(min(x, 99)) and info.min <= x]
+    if fits:
+        assert outside_support(np.array(fits, dtype), field).all()
+    monkeypatch.setattr("scivi.inputs.fields.torch.from_numpy", None)  # what must not be called
+    assert not outside_support(np.array([x for x in inside if x or dtype is not bool], dtype), field).any()
+
+
 def test_missing_entries_are_allowed_where_they_can_be_forecast():
     gap = np.array([1.0, np.nan])
     assert not outside_support(gap, Field(("row",), "observed", constraints.positive)).any()

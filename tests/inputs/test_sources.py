@@ -439,6 +439,18 @@ def test_repeated_row_labels_are_told_once():
     opened(onoff(), ONOFF, ("source",), distinct=True)
 
 
+def test_repeated_labels_are_found_part_by_part(monkeypatch):
+    monkeypatch.setattr("scivi.inputs.sources._LABELS", 7)
+    monkeypatch.setattr("scivi.inputs.sources._HASHES", 5)
+    fields = {"y": Field(("row",), "observed")}
+    names = np.array([f"r{k}" for k in range(100)])
+    opened(xr.Dataset({"y": ("row", np.zeros(100))}, {"row": names}), fields, ("row",), distinct=True)
+    names[[3, 60, 99]], names[41] = "r20", "r5"
+    table = xr.Dataset({"y": ("row", np.zeros(100))}, {"row": names})
+    with pytest.raises(DataError, match='2 labels of "row" occur more than once; the first is "r20"'):
+        opened(table, fields, ("row",), distinct=True)
+
+
 READS = {
     "methylated": Field(("locus", "sample"), "observed", constraints.nonnegative_integer, at_most="total"),
     "total": Field(("locus", "sample"), "given", constraints.nonnegative_integer, default=4),

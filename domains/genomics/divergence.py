@@ -1,0 +1,179 @@
+"""Does the model make data like these? Divergence over time, loci and samples that do not fit.
+
+All three compare a statistic of the reads with the same statistic of reads that the fitted model makes
+(``predict``), so that thresholds and errors of calling weigh on both sides alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from domains.genomics import alphabeta
+from domains.genomics.methylation import form_of, pedigree_of
+from scivi.models import Template
+
+
+def _called(result: xr.DataTree, template: Template, methylated: np.ndarray) -> np.ndarray:
+    """States 0, 1, 2 of reads by sample (locus, sample), -1 for none, with the fit's own error rates."""
+    if len(form_of(template).states) != 3:
+        raise ValueError("divergences are of diploid genotypes; this template is haploid")
+    mean = result["posterior"].to_dataset().mean(("chain", "draw"))
+    context = result["constant_data"]["context"].values.astype(int)
+    total = result["constant_data"]["total"].values
+    states = np.empty(total.shape, np.int8)
+    for c, name in enumerate(mean["context"].values):
+        own = context == c
+        if own.any():
+            proportions = mean["founder"].sel(context=name).values if "founder" in mean else np.full(3, 1 / 3)
+            states[own] = alphabeta.calls(
+                methylated[own],
+                total[own],
+                proportions / proportions.sum(),
+                false_methylated=float(mean["nonconversion"].mean()),
+                false_unmethylated=float(mean["inappropriate"]),
+            )
+    return states
+
+
+def _replicates(result: xr.DataTree, draws: int) -> list[np.ndarray]:
+    if "posterior_predictive" not in result.children:
+        raise ValueError('the result has no "posterior_predictive": make it with scivi.predict, not draw')
+    made = result["posterior_predictive"]["methylated"].stack(sample_=("chain", "draw"))
+    kept = np.unique(np.linspace(0, made.sizes["sample_"] - 1, draws).astype(int))
+    return [made.isel(sample_=k).transpose("locus", "sample").values for k in kept]
+
+
+def _observed(result: xr.DataTree) -> np.ndarray:
+    read, total = result["observed_data"]["methylated"].values, result["constant_data"]["total"].values
+    return np.minimum(np.nan_to_num(read), total)
+
+
+def divergence_over_time(result: xr.DataTree, template: Template, *, draws: int = 50) -> xr.Dataset:
+    """Divergence of every pair of samples, observed and as the fitted model makes it (AlphaBeta's plot).
+
+    Args:
+        result: from ``predict``.
+        template: from ``methylation.make``, diploid.
+        draws: evenly spread posterior predictive draws.
+
+    Returns:
+        By pair: ``generations`` that separate the two, ``observed`` divergence, and of the replicates
+        ``expected`` and ``interval`` (pair, bound), 5 to 95 %. ``attrs["outside"]`` is the share of pairs
+        outside, which share ancestors and so fall out together.
+    """
+    pedigree = pedigree_of(template)
+    seen = alphabeta.divergences(_called(result, template, _observed(result)), pedigree)
+    made = np.stack(
+        [
+            alphabeta.divergences(_called(result, template, reads), pedigree)["divergence"].values
+            for reads in _replicates(result, draws)
+        ]
+    )
+    interval = np.quantile(made, [0.05, 0.95], axis=0).T
+    observed = seen["divergence"].values
+    pairs = {
+        "pair": [f"{a} and {b}" for a, b in zip(seen["first"].values, seen["second"].values, strict=True)]
+    }
+    between = (seen["time1"] + seen["time2"] - 2 * seen["time0"]).values
+    outside = float(((observed < interval[:, 0]) | (observed > interval[:, 1])).mean())
+    return xr.Dataset(
+        {
+            "generations": (("pair",), between, {"units": "generation"}),
+            "observed": (("pair",), observed),
+            "expected": (("pair",), made.mean(0)),
+            "interval": (("pair", "bound"), interval),
+        },
+        {**pairs, "bound": ["lower", "upper"]},
+        {"outside": outside},
+    )
+
+
+def plot_divergence(table: xr.Dataset, ax: Any = None) -> Any:
+    """Draw ``divergence_over_time``: observed pairs as dots, the model's as bars.
+
+    Args:
+        table: from ``divergence_over_time``.
+        ax: matplotlib axes; new ones if None.
+    """
+    import matplotlib.pyplot as plt
+
+    ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
+    time, (low, high) = table["generations"].values, table["interval"].values.T
+    ax.vlines(time, low, high, color="0.75", linewidth=4, label="model, 90 %", zorder=1)
+    ax.plot(time, table["expected"], ".", color="0.45", markersize=4, label="model, mean", zorder=2)
+    ax.plot(time, table["observed"], "o", color="C0", markersize=4, label="observed", zorder=3)
+    ax.set_xlabel("generations between the two samples")
+    ax.set_ylabel("divergence (methylation difference per copy)")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False)
+    return ax
+
+
+def misfits(result: xr.DataTree, template: Template, *, draws: int = 100) -> xr.Dataset:
+    """Loci and samples whose reads the fitted model would hardly make.
+
+    Args:
+        result: from ``predict``.
+        template: from ``methylation.make``, diploid.
+        draws: evenly spread posterior predictive draws.
+
+    Returns:
+        ``locus_p`` (locus,), the share of replicates with at least as many calls that differ from the
+        sample's nearest sequenced ancestor or else the first sample; at least 1 / (draws + 1), so that a
+        small one asks for more draws. ``sample_z`` (statistic, sample), by how many replicate sd a sample is
+        off in its share of methylated reads, of loci called UM, and of calls unlike its ancestor's.
+
+    Notes:
+        With n loci about n p of them have a p below p by chance: compare numbers, not single loci.
+    """
+    pedigree = pedigree_of(template)
+    ancestor = _ancestors(pedigree)
+    total = result["constant_data"]["total"].values
+
+    def statistics(methylated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        states = _called(result, template, methylated)
+        called = states >= 0
+        both = called & called[:, ancestor]
+        differs = both & (states != states[:, ancestor])
+        by_sample = np.stack(
+            [
+                methylated.sum(0) / np.maximum(total.sum(0), 1),
+                ((states == 1).sum(0)) / np.maximum(called.sum(0), 1),
+                differs.sum(0) / np.maximum(both.sum(0), 1),
+            ]
+        )
+        return differs.sum(1), by_sample
+
+    changes, by_sample = statistics(_observed(result))
+    made = [statistics(reads) for reads in _replicates(result, draws)]
+    as_many = np.sum([c >= changes for c, _ in made], 0)
+    replicas = np.stack([s for _, s in made])
+    sd = np.maximum(replicas.std(0, ddof=1), 1e-12)
+    names = ["methylated", "intermediate", "unlike ancestor"]
+    return xr.Dataset(
+        {
+            "locus_p": (("locus",), (1 + as_many) / (1 + len(made))),
+            "sample_z": (("statistic", "sample"), (by_sample - replicas.mean(0)) / sd),
+        },
+        {
+            "locus": result["observed_data"]["locus"].values,
+            "statistic": names,
+            "sample": list(pedigree.samples),
+        },
+    )
+
+
+def _ancestors(pedigree: Any) -> list[int]:
+    """Place of the nearest sequenced ancestor of each sample; of the first sample where there is none."""
+    parent = dict(zip(pedigree.nodes, pedigree.parents, strict=True))
+    place = {name: k for k, name in enumerate(pedigree.samples)}
+    found = []
+    for name in pedigree.samples:
+        above = parent[name]
+        while above and above not in place:
+            above = parent[above]
+        found.append(place.get(above, 0))
+    return found
