@@ -21,8 +21,8 @@ def _called(result: xr.DataTree, template: Template, methylated: np.ndarray) -> 
     if len(form_of(template).states) != 3:
         raise ValueError("divergences are of diploid genotypes; this template is haploid")
     mean = result["posterior"].to_dataset().mean(("chain", "draw"))
-    context = result["constant_data"]["context"].values.astype(int)
-    total = result["constant_data"]["total"].values
+    given = result["constant_data"].to_dataset()
+    context, total = given["context"].values.astype(int), given["total"].values
     states = np.empty(total.shape, np.int8)
     for c, name in enumerate(mean["context"].values):
         own = context == c
@@ -41,14 +41,14 @@ def _called(result: xr.DataTree, template: Template, methylated: np.ndarray) -> 
 def _replicates(result: xr.DataTree, draws: int) -> list[np.ndarray]:
     if "posterior_predictive" not in result.children:
         raise ValueError('the result has no "posterior_predictive": make it with scivi.predict, not draw')
-    made = result["posterior_predictive"]["methylated"].stack(sample_=("chain", "draw"))
+    made = result["posterior_predictive"].to_dataset()["methylated"].stack(sample_=("chain", "draw"))
     kept = np.unique(np.linspace(0, made.sizes["sample_"] - 1, draws).astype(int))
     return [made.isel(sample_=k).transpose("locus", "sample").values for k in kept]
 
 
 def _observed(result: xr.DataTree) -> np.ndarray:
-    read, total = result["observed_data"]["methylated"].values, result["constant_data"]["total"].values
-    return np.minimum(np.nan_to_num(read), total)
+    read = result["observed_data"].to_dataset()["methylated"].values
+    return np.minimum(np.nan_to_num(read), result["constant_data"].to_dataset()["total"].values)
 
 
 def divergence_over_time(result: xr.DataTree, template: Template, *, draws: int = 50) -> xr.Dataset:
@@ -131,7 +131,7 @@ def misfits(result: xr.DataTree, template: Template, *, draws: int = 100) -> xr.
     """
     pedigree = pedigree_of(template)
     ancestor = _ancestors(pedigree)
-    total = result["constant_data"]["total"].values
+    total = result["constant_data"].to_dataset()["total"].values
 
     def statistics(methylated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         states = _called(result, template, methylated)

@@ -9,7 +9,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from domains.genomics import transmission
-from domains.genomics.methylation import LEAST, RATES, Form, form_of, pedigree_of, tree_of
+from domains.genomics.loci import LEAST, RATES, Form
+from domains.genomics.methylation import form_of, pedigree_of, tree_of
 from domains.genomics.reads import Errors, seen
 from scivi.models import Template, sum_product
 from scivi.models.sum_product import Posterior, Tree
@@ -82,8 +83,9 @@ def _posterior_of(
     result: xr.DataTree, posterior: xr.Dataset, loci: slice, tree: Tree, form: Form
 ) -> Posterior:
     """States and pairs of some loci: (nodes or edges, states, ..., draws, loci)."""
-    given = {name: values.isel(locus=loci) for name, values in result["constant_data"].data_vars.items()}
-    total, read = _tensor(given["total"]), _tensor(result["observed_data"]["methylated"].isel(locus=loci))
+    given = result["constant_data"].to_dataset().isel(locus=loci)
+    counts = result["observed_data"].to_dataset().isel(locus=loci)
+    total, read = _tensor(given["total"]), _tensor(counts["methylated"])
     total = torch.where(read.isnan(), 0.0, total)
     methylated = torch.where(read.isnan(), 0.0, torch.minimum(read, total))
     context = _tensor(given["context"]).long()

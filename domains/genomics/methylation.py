@@ -40,24 +40,22 @@ from pyro.distributions.constraints import softplus_positive
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from domains.genomics import transmission
+from domains.genomics import loci, transmission
+from domains.genomics.loci import LEAST, RATES, Form, Loci
 from domains.genomics.pedigrees import Pedigree
-from domains.genomics.reads import Errors, PedigreeReads, seen
+from domains.genomics.reads import PedigreeReads
 from domains.genomics.transmission import Reproduction
 from scivi.errors import DataError
 from scivi.inputs.fields import Field
-from scivi.models import Batch, Template, guides, sum_product
-from scivi.models.sum_product import Matrix, Tree, Vector
+from scivi.models import Batch, Template, guides
+from scivi.models.sum_product import Tree
 
 CONTEXTS = ("CG", "CHG", "CHH")
-RATES = ("gain", "loss")
-LEAST = 0.7  # nats: no rate is above a half, where gain and loss would change names (our choice)
-NODES, ROUNDS = 5, 2  # of the quadrature behind the guide, in each of two dimensions (our choice)
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Numbers of the model. Rates are per cytosine copy and generation; ln 2.7 is 1."""
+    """Numbers of the model. Rates are per cytosine copy and generation; 1 in ln is a factor of 2.7."""
 
     gain: float = 2e-4  # 1 / generation; centre of ln gain, near Arabidopsis CG (van der Graaf et al. 2015)
     loss: float = 8e-4  # 1 / generation; centre of ln loss, likewise
@@ -68,103 +66,6 @@ class Prior:
     nonconversion: float = 0.01  # mean of a prior that is densest at 0 (our choice: a percent)
     inappropriate: float = 0.03  # likewise; Genereux et al. 2008, Nucleic Acids Res. 36, e150, give percents
     overdispersion: float = 0.05  # likewise (our choice)
-
-
-@dataclass(frozen=True)
-class Form:
-    """What is fixed when a template is made.
-
-    Args:
-        tree: the pedigree, collapsed to what the reads can tell apart.
-        reproduction: how a generation passes on.
-        contexts: of the loci.
-        annotations: names of fields that shift the rates.
-        heterogeneous: whether loci of one context differ.
-        equilibrium: whether the founder's states are those that the rates lead to in the end.
-        most_reads: the most reads of a sample at a locus.
-    """
-
-    tree: Tree
-    reproduction: Reproduction
-    contexts: tuple[str, ...]
-    annotations: tuple[str, ...]
-    heterogeneous: bool
-    equilibrium: bool
-    most_reads: int
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """Names of the genotypes."""
-        return transmission.states(self.reproduction)
-
-
-def _event(value: Tensor, dims: int) -> Tensor:
-    """A global value as (*draws, *event): without the place that the plate of loci leaves in its shape."""
-    return value.squeeze(-1 - dims) if value.dim() > dims else value
-
-
-@dataclass(frozen=True)
-class Loci:
-    """What the rates of a batch's loci depend on.
-
-    Args:
-        member: 1 where a locus is of a context, (contexts, loci).
-        annotation: (annotations, loci), or None.
-    """
-
-    member: Tensor
-    annotation: Tensor | None
-
-    @classmethod
-    def of(cls, batch: Batch, form: Form) -> Loci:
-        """Those of a batch."""
-        places = torch.arange(len(form.contexts), device=batch.total.device)
-        member = (batch.context == places[:, None]).to(batch.total.dtype)
-        values = [batch.values[name] for name in form.annotations]
-        return cls(member, torch.stack(values) if values else None)
-
-    def each(self, by_context: Tensor) -> Tensor:
-        """The value of each locus's context: from (*, contexts) to (*, loci)."""
-        return (by_context.unsqueeze(-1) * self.member).sum(-2)
-
-    def log_rate(self, values: Mapping[str, Tensor], name: str, z: Tensor | None) -> Tensor:
-        """Natural log of the rate "gain" or "loss" of each locus, ln(1 / generation), (*, loci)."""
-        rate = self.each(_event(values[f"log_{name}"], 1))
-        if self.annotation is not None:
-            effect = _event(values[f"{name}_effect"], 1)
-            rate = rate + (effect.unsqueeze(-1) * self.annotation).sum(-2)
-        return rate if z is None else rate + values[f"{name}_sigma"] * z
-
-
-def _transmission(
-    loci: Loci, values: Mapping[str, Tensor], z: Tensor | None, form: Form
-) -> tuple[Matrix, Vector]:
-    """One generation and the founder's states, at each locus."""
-    gain, loss = (
-        loci.log_rate(values, name, None if z is None else z[..., k]).clamp_max(-LEAST).exp()
-        for k, name in enumerate(RATES)
-    )
-    step = transmission.step(form.reproduction, gain, loss)
-    if form.equilibrium:
-        return step, transmission.equilibrium(form.reproduction, gain, loss)
-    founder = _event(values["founder"], 2)
-    return step, tuple(loci.each(founder[..., k]) for k in range(len(form.states)))
-
-
-def _completed(values: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
-    """The latents that loci share, and what follows from them: ln of the median rates, chances of errors."""
-    found = dict(values)
-    for name in RATES:
-        level = values[f"log_mean_{name}"]
-        spread = values[f"{name}_sigma"].square().unsqueeze(-1) / 2 if form.heterogeneous else 0.0
-        found[f"log_{name}"] = level - spread
-    # none above a half, where reads would tell the opposite of what they say
-    return found | {name: values[f"{name}_doubled"] / 2 for name in ("nonconversion", "inappropriate")}
-
-
-def _errors(values: Mapping[str, Tensor]) -> Errors:
-    shared = [values[name] for name in ("inappropriate", "overdispersion")]
-    return Errors(_event(values["nonconversion"], 1), *(v if v.dim() else v.unsqueeze(0) for v in shared))
 
 
 def _shrinking(mean: float, like: Tensor) -> dist.Beta:
@@ -186,7 +87,8 @@ def model(batch: Batch, prior: Prior, nets: nn.Module | None, *, form: Form) -> 
         level = dist.Normal(expected, prior.rate_sd).to_event(1)
         values[f"log_mean_{name}"] = pyro.sample(f"log_mean_{name}", level)
         if form.annotations:
-            effect = dist.Normal(0 * one, prior.effect_sd * one).expand([len(form.annotations)]).to_event(1)
+            none = one.new_zeros(len(form.annotations))
+            effect = dist.Normal(none, prior.effect_sd * one).to_event(1)
             values[f"{name}_effect"] = pyro.sample(f"{name}_effect", effect)
     if not form.equilibrium:
         weight = one.expand(len(form.contexts), len(form.states)) * prior.founder
@@ -197,22 +99,24 @@ def model(batch: Batch, prior: Prior, nets: nn.Module | None, *, form: Form) -> 
         ("overdispersion", _shrinking(prior.overdispersion, one)),
     ):
         values[name] = pyro.sample(name, error)
-    values = _completed(values, form)
+    values = loci.completed(values, form)
     for name in RATES:
         pyro.deterministic(f"{name}_rate", values[f"log_{name}"].exp(), event_dim=1)
         if form.heterogeneous:
             pyro.deterministic(f"{name}_rate_mean", values[f"log_mean_{name}"].exp(), event_dim=1)
     pyro.deterministic("nonconversion", values["nonconversion"], event_dim=1)
     pyro.deterministic("inappropriate", values["inappropriate"])
-    loci = Loci.of(batch, form)
+    own = Loci.of(batch, form)
     with batch.plate("locus"):
         z = None
         if form.heterogeneous:
-            z = pyro.sample("z", dist.Normal(0 * one, one).expand([2]).to_event(1))
+            z = pyro.sample("z", dist.Normal(one.new_zeros(2), one).to_event(1))
             for k, name in enumerate(RATES):
-                pyro.deterministic(f"locus_log_{name}", loci.log_rate(values, name, z[..., k]))
-        step, root = _transmission(loci, values, z, form)
-        reads = PedigreeReads(form.tree, step, root, batch.total, _errors(values), most=form.most_reads)
+                pyro.deterministic(f"locus_log_{name}", own.log_rate(values, name, z[..., k]))
+        step, root = loci.passed_on(own, values, z, form)
+        reads = PedigreeReads(
+            form.tree, step, root, batch.total, loci.errors_of(values), most=form.most_reads
+        )
         batch.observe("methylated", reads)
 
 
@@ -249,99 +153,13 @@ def nets(sizes: Mapping[str, int], prior: Prior, *, form: Form) -> Nets:
 
 def guide(batch: Batch, prior: Prior, nets: Nets, *, form: Form) -> None:
     """Joint normal for what loci share; for each locus a normal with the moments of its posterior."""
-    values = _completed(nets.globals(batch), form)
+    values = loci.completed(nets.globals(batch), form)
     if not form.heterogeneous:
         return
     with torch.no_grad():
-        mean, tril = locus_moments(batch, values, form)
+        mean, tril = loci.moments(batch, values, form)
     with batch.plate("locus"):
         pyro.sample("z", dist.MultivariateNormal(mean, scale_tril=tril))
-
-
-def locus_moments(batch: Batch, values: Mapping[str, Tensor], form: Form) -> tuple[Tensor, Tensor]:
-    """Mean of z, (*, loci, 2), and Cholesky factor of its covariance, given all that loci share.
-
-    They are those of the posterior where there is one draw of what loci share. Of many draws the reads'
-    part is worked out once, at their mean, and joined with each draw's own prior.
-    """
-    loci = Loci.of(batch, form)
-    n_draws = _event(values["log_gain"], 1).dim() - 1
-    at = {name: value.flatten(0, n_draws - 1).mean(0) if n_draws else value for name, value in values.items()}
-    at = {name: value.squeeze(0) if n_draws else value for name, value in at.items()}
-    mean, tril = _posterior_moments(batch, loci, at, form)
-    if not n_draws:
-        return mean, tril
-    expected, sigma = _prior_of(loci, at)
-    inverse = torch.cholesky_inverse(tril)
-    precision = (inverse - torch.eye(2).to(inverse)) / (sigma.unsqueeze(-1) * sigma.unsqueeze(-2))
-    slope = (inverse @ mean.unsqueeze(-1)).squeeze(-1) / sigma
-    here, scatter = _prior_of(loci, values)
-    information = slope - (precision @ (here - expected).unsqueeze(-1)).squeeze(-1)
-    joint = precision * scatter.unsqueeze(-1) * scatter.unsqueeze(-2) + torch.eye(2).to(precision)
-    tril = _inverse_cholesky(joint)
-    mean = tril @ (tril.mT @ (scatter * information).unsqueeze(-1))
-    return mean.squeeze(-1), tril
-
-
-def _prior_of(loci: Loci, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Expected log rates (*, loci, 2), and their scatter, (2,) or (draws, 1, 2)."""
-    expected = torch.stack([loci.log_rate(values, name, None) for name in RATES], -1)
-    return expected, torch.stack([values[f"{name}_sigma"] for name in RATES], -1)
-
-
-def _posterior_moments(
-    batch: Batch, loci: Loci, values: Mapping[str, Tensor], form: Form
-) -> tuple[Tensor, Tensor]:
-    """Mean of z, (loci, 2), and Cholesky factor of its covariance, given one draw of what loci share.
-
-    Twice by Gauss-Hermite quadrature: on nodes of the prior, then on nodes placed by what these gave, for
-    loci of which many events tell much.
-    """
-    mask = batch.observed_mask.get("methylated")
-    total = batch.total if mask is None else batch.total * mask
-    methylated = torch.minimum(batch.methylated, total)
-    given = seen(methylated, total, _errors(values), len(form.states), form.most_reads)
-    x, w = np.polynomial.hermite_e.hermegauss(NODES)
-    nodes = total.new_tensor(np.stack(np.meshgrid(x, x, indexing="ij"), -1).reshape(-1, 1, 2))
-    log_weight = total.new_tensor(np.log(np.multiply.outer(w, w) / w.sum() ** 2).reshape(-1, 1))
-    mean, tril = nodes.new_zeros(2), torch.eye(2, dtype=nodes.dtype, device=nodes.device)
-    for _ in range(ROUNDS):
-        z = mean + (tril @ nodes.unsqueeze(-1)).squeeze(-1)
-        log_p = sum_product.log_likelihood(form.tree, given, *_transmission(loci, values, z, form))
-        tilt = 0.5 * (nodes.square().sum(-1) - z.square().sum(-1))
-        mean, tril = _moments(torch.softmax(log_p + tilt + log_weight, 0), z)
-    return mean, tril
-
-
-def _moments(weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (*, 2) and Cholesky factor (*, 2, 2) of weighted nodes (nodes, *, 2); no variance is below .01."""
-    mean = (weight.unsqueeze(-1) * z).sum(0)
-    first, second = (z - mean).unbind(-1)
-    a = (weight * first.square()).sum(0).clamp_min(0.01).sqrt()
-    b = (weight * first * second).sum(0) / a
-    c = ((weight * second.square()).sum(0) - b.square()).clamp_min(0.01).sqrt()
-    return mean, _lower(a, b, c)
-
-
-def _inverse_cholesky(precision: Tensor) -> Tensor:
-    """Cholesky factor of the inverse of 2 x 2 matrices, whose eigenvalues are held above .2.
-
-    A likelihood that is no normal can seem to widen the prior: where the scatter is larger than at the point
-    where that was found, by more than there is.
-    """
-    half, differ = (
-        0.5 * (precision[..., 0, 0] + precision[..., 1, 1]),
-        0.5 * (precision[..., 0, 0] - precision[..., 1, 1]),
-    )
-    least = half - (differ.square() + precision[..., 0, 1].square()).sqrt()
-    lift = (0.2 - least).clamp_min(0.0)
-    p, q, r = precision[..., 0, 0] + lift, precision[..., 0, 1], precision[..., 1, 1] + lift
-    a = (r / (p * r - q * q)).sqrt()
-    return _lower(a, -q / r * a, r.rsqrt())
-
-
-def _lower(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return torch.stack([torch.stack([a, torch.zeros_like(a)], -1), torch.stack([b, c], -1)], -2)
 
 
 def simulate(
@@ -412,15 +230,15 @@ def _descended(form: Form, founder: np.ndarray, rates: Sequence[np.ndarray], rng
     """Genotypes of the samples (loci, samples), drawn from the founder on, generation by generation."""
     rows = transmission.step(form.reproduction, *map(torch.as_tensor, rates))
     below = torch.stack([torch.stack(row) for row in rows]).cumsum(1).numpy()  # before, after, locus
-    loci = np.arange(len(founder))
+    places = np.arange(len(founder))
     states: list[np.ndarray] = []
     for parent, length in zip(form.tree.parent, form.tree.length, strict=True):
         if parent < 0:
-            states.append((rng.random(len(loci))[:, None] > founder.cumsum(1)[:, :-1]).sum(1))
+            states.append((rng.random(len(places))[:, None] > founder.cumsum(1)[:, :-1]).sum(1))
             continue
         now = states[parent]
         for _ in range(length):
-            now = (rng.random(len(loci)) > below[now, :-1, loci].T).sum(0)
+            now = (rng.random(len(places)) > below[now, :-1, places].T).sum(0)
         states.append(now)
     return np.stack([states[v] for v in form.tree.seen], 1)
 
@@ -515,7 +333,7 @@ def make(
     )
     counts = constraints.integer_interval(0, most_reads)
     per_locus = ("locus",)
-    dims = {"gain_rate": ("context",), "loss_rate": ("context",)}
+    dims: dict[str, tuple[str, ...]] = {"gain_rate": ("context",), "loss_rate": ("context",)}
     if form.annotations:
         dims |= {"gain_effect": ("annotation",), "loss_effect": ("annotation",)}
     if heterogeneous:
@@ -582,8 +400,9 @@ def from_data(data: Any, pedigree: Pedigree | None = None, **options: Any) -> tu
 
 def _described(data: Any) -> tuple[Mapping[str, Any], list[str], set[str]]:
     """Of an AnnData: uns, names of the samples, contexts that occur. Of one on disk no counts are read."""
-    from anndata.io import read_elem
+    import anndata.io
 
+    read_elem: Any = anndata.io.read_elem
     if hasattr(data, "obs_names"):
         contexts = data.obs["context"] if "context" in data.obs else []
         return data.uns, [str(name) for name in data.var_names], set(map(str, np.unique(contexts)))

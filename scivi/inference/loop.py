@@ -47,6 +47,7 @@ FINISH_ROWS = (
 FINISH_NODES = 2**15  # rows x nodes of the curvature, where nodes are few (our choice, likewise)
 MOST_FINE_NODES = 2**22  # rows x fine nodes of the finish (our choice: a second, 100 MB at a time)
 NODES_AT_A_TIME = 2**18  # rows x nodes held at once
+FEWEST_NODES = 8  # as which fewer count: a row has numbers of its own
 
 
 @dataclass(frozen=True)
@@ -300,13 +301,15 @@ def _spread_rows(source: Any, bound: Bound, most: int) -> Callable[[int], Iterat
     """Passes over evenly spread rows, at most so many, in chunks that suit the number of nodes."""
     template, some = bound.template, next(iter(bound.example.values.values()))
     first, dims = template.row_dims[0], marginal.layout(bound, bound.example).dims
-    places = np.unique(np.linspace(0, source.sizes[first] - 1, min(most, source.sizes[first])).astype(int))
+    n = source.sizes[first]
+    count = min(most, n)
 
     def passes(per_dim: int) -> Iterator[Batch]:
-        most = max(64, NODES_AT_A_TIME // max(1, marginal.n_nodes(dims, per_dim)))
-        size = len(places) // math.ceil(len(places) / most)  # equal chunks, and a few rows left over
-        for start in range(0, len(places), size):
-            index = {first: places[start : start + size]}
+        at_a_time = max(64, NODES_AT_A_TIME // max(FEWEST_NODES, marginal.n_nodes(dims, per_dim)))
+        size = count // math.ceil(count / at_a_time)  # equal chunks, and a few rows left over
+        for start in range(0, count, size):
+            places = np.arange(start, min(count, start + size))
+            index = {first: places if count == n else places * (n - 1) // max(1, count - 1)}
             yield make_batch(
                 source.read(index),
                 template.fields,

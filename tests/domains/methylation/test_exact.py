@@ -278,7 +278,7 @@ def test_sampled_reads_come_as_often_as_their_probability_says(reproduction):
 
 
 def _small(reproduction: Reproduction) -> tuple[PedigreeReads, Tensor, PedigreeReads]:
-    """A pedigree whose founder is not sequenced, all outcomes of two reads of three samples, and one locus."""
+    """A pedigree with a founder not sequenced, all outcomes of two reads of three samples, and one locus."""
     tree = Tree((-1, 0, 1, 0), (0, 2, 1, 3), (1, 2, 3))
     step = transmission.step(reproduction, double(0.1), double(0.2))
     root = double([0.5, *[0.2] * (len(step) - 2), 0.5 - 0.2 * (len(step) - 2)]).unbind(0)
