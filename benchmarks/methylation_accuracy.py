@@ -9,7 +9,7 @@ by generation, beta-binomial reads of coverage 9. Parts, each of which can be le
     nuts           the same at 2000 loci, beside NUTS
     heterogeneity  rates that scatter over loci (ln sd 1.2 and .8) at five times --loci: scatter, medians,
                    per-locus posteriors against the truth, genotypes of loci that the fit has not seen
-    estimators     scatter at 20,000 loci as learnt on guide-placed nodes, on prior-placed nodes (rate classes),
+    estimators     scatter at 20,000 loci, learnt on guide-placed nodes, on prior-placed ones (rate classes),
                    by the importance-weighted bound of each locus (16 draws), and by the ELBO
 
     python benchmarks/methylation_accuracy.py [--seeds 20] [--loci 100000] [--part rates ...] [--json FILE]
@@ -208,9 +208,7 @@ def nuts(loci: int = 2000) -> dict[str, float]:
     template = methylation.make(EXAMPLE, contexts=("CG",), heterogeneous=False)
     fit = scivi.fit(template, table, progress=False)
     ours = scivi.draw(fit, table.isel(locus=slice(0, 5)), 4000)["posterior"]
-    theirs = scivi.nuts(template, table, draws=1000, warmup=500, chains=4, seed=1, progress=False)[
-        "posterior"
-    ]
+    theirs = scivi.nuts(template, table, draws=600, warmup=400, chains=4, seed=1, progress=False)["posterior"]
     shift, ratio = [], []
     for name in theirs.data_vars:
         a, b = (p[name].stack(sample_=("chain", "draw")).transpose(..., "sample_") for p in (ours, theirs))

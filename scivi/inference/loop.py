@@ -433,7 +433,8 @@ def _finish(state: State, source: Any, plan: Plan) -> None:
             told: dict[str, Any] = {"method": "importance sampling", "draws": found.draws}
             told |= {"ess": found.ess, "log_weight": list(found.log_weight)}
         else:
-            work = n * marginal.n_nodes(marginal.layout(bound, bound.example).dims, plan.nodes)
+            dims = marginal.layout(bound, bound.example).dims
+            work = n * marginal.n_nodes(dims, marginal.training_nodes(dims, plan.nodes))
             gradient = Passes(bound, module, plan, work)
             found = marginal.newton_finish(bound, rows, plan.nodes, gradient=gradient)
             told = {"method": "newton", "steps": found.steps, "step_sd": found.step_sd, "nodes": found.nodes}

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from scivi.errors import Unsupported
 from scivi.inference import marginal
-from scivi.inference.capture import Function, captured, compiled
+from scivi.inference.capture import Function, captured, compiled, work_of
 from scivi.inference.plan import Plan
 from scivi.inference.stepper import CLOSE, Form, kind
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
 from scivi.models.guides import JointNormalGuide
 
-MANY = 2**25  # rows x nodes of a pass from which compiling repays itself in a single fit (our choice)
+# Numbers that a pass writes from which compiling repays itself in a single fit (our choice), and rows x nodes
+# from which it is worth finding out how many they are.
+MANY_NUMBERS, MANY = 2**33, 2**22
 
 
 class Passes:
@@ -33,7 +35,8 @@ class Passes:
     def __init__(self, bound: Bound, module: JointNormalGuide, plan: Plan, work: int) -> None:
         self.bound, self.module = bound, module
         self.layout = marginal.layout(bound, bound.example)
-        self.wanted = plan.compile == "on" or (plan.compile == "auto" and work >= MANY)
+        self.work, self.asked = work, plan.compile == "on"
+        self.wanted = self.asked or (plan.compile == "auto" and work >= MANY)
         self.names = [n for n, _ in bound.nets.named_parameters()]
         self.own = [p.detach() for p in bound.nets.parameters()] + [*bound.nets.buffers()]
         self.form: dict[int, tuple[object, ...]] = {}  # of the chunks that are compiled, by nodes
@@ -96,7 +99,11 @@ class Passes:
             some = replace(batch, index=index)
             return self.bound.holding(held, lambda: self._eager(at, some, per_dim))
 
-        memo[key], _ = compiled(captured(function, arguments, owned=self.own), arguments)
+        graph = captured(function, arguments, owned=self.own)
+        chunks = self.work / (form.like.n_rows() * marginal.n_nodes(self.layout.dims, per_dim))
+        if not self.asked and work_of(graph) * chunks < MANY_NUMBERS:
+            raise Unsupported("compiling would take longer than it saves")
+        memo[key], _ = compiled(graph, arguments)
         if not self._agrees(memo[key], arguments, form.like, per_dim):
             del memo[key]
             raise Unsupported("the compiled pass differs from the eager one")

@@ -11,8 +11,8 @@ States and nodes are few and are written out one by one, rows are many: every te
 that the whole tree is arithmetic on long vectors, which a compiler makes a single loop of. Matrices are
 tuples of tuples of tensors that broadcast against the rows: of shape () where all rows share them.
 
-Numbers stay in range without logarithms inside: likelihoods are scaled to a largest of 1, and each product of
-several factors to a sum of 1, node by node. Nothing is subtracted, so that probabilities of 1e-16 keep their
+Numbers stay in range without logarithms inside: likelihoods are scaled to a largest of 1, and products to a
+sum of 1 with each factor. Nothing is subtracted, so that probabilities of 1e-16 keep their
 digits in float32.
 """
 
@@ -123,7 +123,7 @@ class _Inside(NamedTuple):
 
 def _inside(tree: Tree, seen: Seen, step: Matrix) -> _Inside:
     """Leaves to roots."""
-    column = {v: s for s, v in enumerate(tree.seen)}
+    own_of = _by_node(tree, seen)
     by_length = powers(step, (tree.length[v] for v in tree.edges))
     factors: list[list[Vector]] = [[] for _ in tree.parent]
     inside: list[Vector] = [()] * len(tree.parent)
@@ -131,13 +131,10 @@ def _inside(tree: Tree, seen: Seen, step: Matrix) -> _Inside:
     transition: list[Matrix | None] = [None] * len(tree.parent)
     log_scale = [seen.log_scale]
     for v in reversed(range(len(tree.parent))):
-        if v in column:
-            factors[v].append(tuple(e[..., column[v], :] for e in seen.states))
-        own = _times(factors[v], step)
-        if len(factors[v]) > 1:
-            total = sum(own[1:], start=own[0]).detach()  # any scale will do: it has no derivative
-            own = tuple(x / total for x in own)
-            log_scale.append(total.log())
+        if v in own_of:
+            factors[v].append(own_of[v])
+        own, scales = _times(factors[v], step)
+        log_scale += [scale.log() for scale in scales]
         inside[v] = own
         if tree.parent[v] >= 0:
             along = by_length[tree.length[v]]
@@ -147,13 +144,24 @@ def _inside(tree: Tree, seen: Seen, step: Matrix) -> _Inside:
     return _Inside(inside, said, log_scale, transition)
 
 
-def _times(factors: Sequence[Vector], step: Matrix) -> Vector:
+def _by_node(tree: Tree, seen: Seen) -> dict[int, Vector]:
+    """What is seen at each node where something is, by state, (..., rows)."""
+    parts = zip(*(e.unbind(-2) for e in seen.states), strict=True)
+    return dict(zip(tree.seen, parts, strict=True))
+
+
+def _times(factors: Sequence[Vector], step: Matrix) -> tuple[Vector, list[Tensor]]:
+    """Product of what is said of a node, with each factor brought to a sum of 1, and the divisors."""
     if not factors:
-        return tuple(torch.ones_like(step[0][0]) for _ in step)
-    out = factors[0]
+        return tuple(torch.ones_like(step[0][0]) for _ in step), []
+    out, scales = factors[0], []
+    least = torch.finfo(out[0].dtype).tiny
     for other in factors[1:]:
         out = tuple(a * b for a, b in zip(out, other, strict=True))
-    return out
+        scale = sum(out[1:], start=out[0]).detach().clamp_min(least)  # any will do: it has no derivative
+        out = tuple(x / scale for x in out)
+        scales.append(scale)
+    return out, scales
 
 
 def log_likelihood(tree: Tree, seen: Seen, step: Matrix, root: Vector) -> Tensor:
@@ -200,19 +208,16 @@ def posterior(tree: Tree, seen: Seen, step: Matrix, root: Vector) -> Posterior:
 
     The arguments are those of ``log_likelihood``.
     """
-    found = _inside(tree, seen, step)
-    column = {v: s for s, v in enumerate(tree.seen)}
+    found, own_of = _inside(tree, seen, step), _by_node(tree, seen)
     outside: list[Vector] = [root] * len(tree.parent)
     pairs = []
     for c in tree.edges:  # parents before children, so that what is outside of the parent is known
         v, along = tree.parent[c], found.transition[c]
         assert along is not None
         others = [outside[v], *(found.said[d] for d in tree.edges if tree.parent[d] == v and d != c)]
-        if v in column:
-            others.append(tuple(e[..., column[v], :] for e in seen.states))
-        here = _times(others, step)
-        total = sum(here[1:], start=here[0])
-        here = tuple(x / total for x in here)
+        if v in own_of:
+            others.append(own_of[v])
+        here, _ = _times(others, step)
         outside[c] = tuple(_dot(here, arriving) for arriving in zip(*along, strict=True))
         joint = [here[i] * t * found.inside[c][j] for i, row in enumerate(along) for j, t in enumerate(row)]
         pairs.append(_normalised(joint).unflatten(0, (len(step), len(step))))
