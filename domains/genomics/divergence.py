@@ -54,6 +54,8 @@ def _observed(result: xr.DataTree) -> np.ndarray:
 def divergence_over_time(result: xr.DataTree, template: Template, *, draws: int = 50) -> xr.Dataset:
     """Divergence of every pair of samples, observed and as the fitted model makes it (AlphaBeta's plot).
 
+    All contexts together; pass ``result.isel(locus=...)`` for those of one.
+
     Args:
         result: from ``predict``.
         template: from ``methylation.make``, diploid.
@@ -106,7 +108,7 @@ def plot_divergence(table: xr.Dataset, ax: Any = None) -> Any:
     ax.plot(time, table["expected"], ".", color="0.45", markersize=4, label="model, mean", zorder=2)
     ax.plot(time, table["observed"], "o", color="C0", markersize=4, label="observed", zorder=3)
     ax.set_xlabel("generations between the two samples")
-    ax.set_ylabel("divergence (methylation difference per copy)")
+    ax.set_ylabel("divergence per copy")
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False)
     return ax

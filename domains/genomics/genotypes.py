@@ -21,7 +21,7 @@ AT_A_TIME = 2**16  # draws x loci held at once (our choice)
 def genotypes(
     result: xr.DataTree, template: Template, *, draws: int = 40, progress: bool = False
 ) -> xr.Dataset:
-    """Posterior genotypes of all members of the pedigree, sequenced or not, and expected epimutations.
+    """Posterior genotypes of all members of the pedigree, sequenced or not, and expected changes.
 
     The genotypes' probabilities given rates and reads are exact; they are averaged over draws.
 
@@ -37,8 +37,11 @@ def genotypes(
         (locus,), the expected number of edges along which a locus changed.
 
     Notes:
-        Changes that were undone before the next sequenced or branching member are not counted. It takes about
-        a second for ten million loci x draws x edges.
+        A change is any net difference of genotype between the two ends of an edge: in a selfing line that
+        includes what a heterozygote's offspring inherit, which is no epimutation; and what was undone before
+        the edge's end is not seen. Of each draw the changes are expectations, which vary with what loci
+        share alone: their spread is not that of the number of changes. It takes about a second for ten
+        million loci x draws x edges.
     """
     form, pedigree = form_of(template), pedigree_of(template).ordered()
     tree = tree_of(pedigree, collapsed=False)

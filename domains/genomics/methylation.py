@@ -333,12 +333,12 @@ def make(
     )
     counts = constraints.integer_interval(0, most_reads)
     per_locus = ("locus",)
-    dims: dict[str, tuple[str, ...]] = {"gain_rate": ("context",), "loss_rate": ("context",)}
+    dims: dict[str, tuple[str, ...]] = {"gain_sigma": (), "loss_sigma": ()} if heterogeneous else {}
+    dims |= {"gain_rate": ("context",), "loss_rate": ("context",)}
     if form.annotations:
         dims |= {"gain_effect": ("annotation",), "loss_effect": ("annotation",)}
     if heterogeneous:
         dims |= {"gain_rate_mean": ("context",), "loss_rate_mean": ("context",)}
-        dims |= {"gain_sigma": (), "loss_sigma": ()}
         dims |= {"locus_log_gain": per_locus, "locus_log_loss": per_locus}
     if not equilibrium:
         dims["founder"] = ("context", "genotype")

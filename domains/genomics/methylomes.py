@@ -263,7 +263,11 @@ class CountTable:
         obs = pd.DataFrame({**columns, "context": empty["context"]}, index=pd.Index([], dtype=str))
         var = pd.DataFrame(index=pd.Index(samples))
         layers = {name: np.empty((0, len(samples)), self.dtype) for name in ("methylated", "total")}
-        uns = {} if pedigree is None else {"pedigree": pd.DataFrame(pedigree)}
+        uns = {}
+        if pedigree is not None:
+            table = pd.DataFrame(pedigree)
+            # a founder's empty parent: pandas reads a missing number, which AnnData would write as "nan"
+            uns["pedigree"] = table.assign(parent=table["parent"].fillna("")) if "parent" in table else table
         write_elem(self.root, "/", AnnData(obs=obs, var=var, layers=layers, uns=uns))
         codes = [f"obs/{name}/codes" for name in words]
         self._names = [

@@ -65,12 +65,19 @@ def plot_history(tree: xr.DataTree) -> Figure:
         history = history.expand_dims("chain")
     parts = [str(v) for v in history.data_vars if str(v).startswith("part_")]
     figure, axes = _figure(1, 2 if parts else 1, 8.4 if parts else 5.2, 3.0)
-    ax = axes[0, 0]
+    ax, marker = axes[0, 0], "." if _steps(history.isel(chain=0)).size < 3 else ""
     for chain in range(history.sizes["chain"]):
         one = history.isel(chain=chain)
         step, value = _steps(one), one["objective"].values
         ax.plot(
-            step, value, color=BLUE, lw=1.2, alpha=0.9, label="mean of log window" if chain == 0 else None
+            step,
+            value,
+            marker,
+            ls="-",
+            color=BLUE,
+            lw=1.2,
+            alpha=0.9,
+            label="mean of log window" if chain == 0 else None,
         )
         if "objective_sd" in one:
             sd, label = one["objective_sd"].values, "± sd of a single step" if chain == 0 else None

@@ -384,6 +384,7 @@ def fit(
             if path is not None:
                 save_state(state, path, identity)
             if state.stopped != "signal":
+                bar.total = bar.n  # of steps: what is left is no step
                 bar.set_postfix_str("finishing the globals")
                 _finish(state, source, plan)
     finally:
