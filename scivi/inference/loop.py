@@ -151,7 +151,7 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
         if objective.estimator == "marginal" and plan.newton:
             if state.step == 0:
                 _newton_start(state, source, plan)
-            if _globals_alone(state.bound):  # the finish finds them: of steps, no more than show the start
+            if "start" in state.finish and _globals_alone(state.bound):  # the finish finds them: few steps do
                 plan = replace(plan, steps=min(plan.steps, plan.log_every))
                 state.finish["alone"] = True
         stepper = stepper_for(state, objective, plan)

@@ -63,7 +63,8 @@ class Plan:
             guide-placed nodes).
         nodes: Gauss-Hermite nodes per local dimension of "marginal"; in two and three dimensions training
             takes 5 and 4 at most, and the Newton finish all.
-        newton: after "marginal", finish the global latents by Newton on the full marginal.
+        newton: after "marginal", finish the global latents by Newton on the full marginal. A pair that has
+            nothing else to learn takes no more steps than one entry of the history.
         kl_warmup: steps over which the weight of the KL part rises from ``beta_start`` to ``beta``.
         beta_start, beta: that weight; 1 is the bound itself.
         dtype: "float32" or "float64".

@@ -124,6 +124,13 @@ B = """
     chr1 9 + CAA 2 2 1"""
 
 
+def test_a_missing_parent_is_that_of_a_founder(tmp_path):
+    """As pandas reads the empty cell of a CSV."""
+    pedigree = pd.DataFrame({"node": ["a", "b"], "parent": [np.nan, "a"], "observed": [True, True]})
+    table = gathered(tmp_path, {"a": A, "b": B}, "table.zarr", pedigree=pedigree)
+    assert list(table.uns["pedigree"]["parent"]) == ["", "a"]
+
+
 @pytest.mark.parametrize("to", ["table.zarr", "table.h5ad"])
 def test_the_union_of_loci_is_read_by_anndata_and_by_open_source(to, tmp_path):
     pedigree = pd.DataFrame({"node": ["a", "b"], "parent": ["", "a"], "observed": [True, True]})
