@@ -152,7 +152,7 @@ def heterogeneity(loci: int) -> dict[str, float]:
     began = time.perf_counter()
     fit = scivi.fit(template, seen, scivi.Plan(), progress=False)
     seconds = time.perf_counter() - began
-    drawn = scivi.draw(fit, seen.isel(locus=slice(0, min(100_000, loci // 2))), 200)
+    drawn = scivi.draw(fit, seen.isel(locus=slice(0, min(40_000, loci // 2))), 1000)
     posterior = drawn["posterior"]
     figures = {"heterogeneity_loci": float(loci), "heterogeneity_seconds": seconds}
     for k, (name, truth) in enumerate((("gain", gain), ("loss", loss))):
@@ -225,12 +225,17 @@ def nuts(loci: int = 2000) -> dict[str, float]:
 
 
 def coverage(posterior: xr.Dataset, truth: np.ndarray, sigma: np.ndarray) -> dict[str, float]:
-    """Worst distance of coverage from nominal, overall and among the best informed twentieth of loci."""
+    """Distance of coverage from nominal, overall and among the best informed twentieth of loci.
+
+    Which loci those are is told by every other draw, and the intervals by the rest: chosen by the draws that
+    make them, intervals are those that chance made narrow.
+    """
     figures = {}
     for k, name in enumerate(("gain", "loss")):
-        draws = posterior[f"locus_log_{name}"].values.reshape(-1, posterior.sizes["locus"])
+        every = posterior[f"locus_log_{name}"].values.reshape(-1, posterior.sizes["locus"])
+        chosen, draws = every[::2].std(0), every[1::2]
         true = truth[: draws.shape[1], k]
-        informed = draws.std(0) <= np.quantile(draws.std(0), 0.05)
+        informed = chosen <= np.quantile(chosen, 0.05)
         for level in (0.5, 0.9, 0.95):
             low, high = np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2], axis=0)
             hit = (low <= true) & (true <= high)
