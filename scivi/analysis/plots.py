@@ -65,15 +65,14 @@ def plot_history(tree: xr.DataTree) -> Figure:
         history = history.expand_dims("chain")
     parts = [str(v) for v in history.data_vars if str(v).startswith("part_")]
     figure, axes = _figure(1, 2 if parts else 1, 8.4 if parts else 5.2, 3.0)
-    ax, marker = axes[0, 0], "." if _steps(history.isel(chain=0)).size < 3 else ""
+    ax, marker = axes[0, 0], "." if _steps(history.isel(chain=0)).size < 3 else None
     for chain in range(history.sizes["chain"]):
         one = history.isel(chain=chain)
         step, value = _steps(one), one["objective"].values
         ax.plot(
             step,
             value,
-            marker,
-            ls="-",
+            marker=marker,
             color=BLUE,
             lw=1.2,
             alpha=0.9,
