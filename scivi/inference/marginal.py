@@ -41,6 +41,7 @@ _FARTHEST = (
     2.0  # on the unbounded scale, where 1 is a factor of e for a positive global: a step's reach (our choice)
 )
 _STALE = 0.3  # posterior sd; after a longer step the curvature is worked out anew (our choice)
+_COARSE = 0.3  # posterior sd; where fine nodes correct by more, all rows get more nodes (our choice)
 _ROUGH, _MOST_ROUNDS = 1.5, 4  # posterior sd; beyond it fine nodes correct again, so often (our choice)
 MOST_DIMS = 16  # above it a few hundred weighted nodes say too little about the marginal (our choice)
 
@@ -461,8 +462,8 @@ def newton_finish(
 
     sloped: Gradient = gradient or plain
 
-    def posterior(theta: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = sloped(theta, rows.all, coarse)
+    def posterior(theta: Tensor, n: int = coarse) -> tuple[Tensor, Tensor]:
+        value, slope = sloped(theta, rows.all, n)
         prior = differentiate(of_prior, theta, False, module.loc.dtype)
         return prior[0] + value, prior[1] + slope
 
@@ -492,19 +493,23 @@ def newton_finish(
         covariance, stale = _secant(covariance, moved, turned), stale or step_sd > _STALE
     if stale:
         covariance = covariance_at(theta)
-    difference, node_error, rounds = torch.zeros_like(slope), math.nan, 0
-    while True:
+    difference, node_error, now, sd = torch.zeros_like(slope), math.nan, coarse, covariance.diagonal().sqrt()
+    for _ in range(_MOST_ROUNDS):
         if fine:
-            (v_fine, s_fine), (v, s) = (sloped(theta, rows.some, n) for n in (n_fine, coarse))
+            (v_fine, s_fine), (v, s) = (sloped(theta, rows.some, n) for n in (n_fine, now))
             value, difference = value + rows.weight * (v_fine - v), rows.weight * (s_fine - s)
-        sd = covariance.diagonal().sqrt()
-        if rounds == 0 and fine:
-            node_error = float((covariance @ difference / sd).abs().max())
+        correction = float((covariance @ difference / sd).abs().max())
+        node_error = correction if fine and math.isnan(node_error) else node_error
+        if fine and rows.weight > 1 and now < per_dim and correction > _COARSE:
+            # so large a difference is not known well enough from some of the rows: let all have more nodes
+            now = per_dim
+            value, slope = posterior(theta, now)
+            continue
         step = covariance @ (slope + difference)
-        theta, rounds = theta + step, rounds + 1
-        if not fine or rounds == _MOST_ROUNDS or not float((step / sd).abs().max()) > _ROUGH:
+        theta = theta + step
+        if not fine or not float((step / sd).abs().max()) > _ROUGH:
             break
-        value, slope = posterior(theta)
+        value, slope = posterior(theta, now)
     evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
     loc, covariance = theta.to(module.loc), covariance.to(module.loc)
     return Newton(loc, covariance, step_sd, taken, n_fine if fine else coarse, node_error, evidence)
