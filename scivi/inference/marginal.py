@@ -490,7 +490,10 @@ def newton_finish(
             length *= 0.5
         moved, turned = length * step, slope - ahead[1]
         theta, (value, slope), taken = theta + moved, ahead, taken + 1
-        covariance, stale = _secant(covariance, moved, turned), stale or step_sd > _STALE
+        if gradient is None and step_sd > _STALE:  # few rows, and far to go: a new curvature is cheap
+            covariance = covariance_at(theta)
+        elif gradient is not None:
+            covariance, stale = _secant(covariance, moved, turned), stale or step_sd > _STALE
     if stale:
         covariance = covariance_at(theta)
     difference, node_error, now, sd = torch.zeros_like(slope), math.nan, coarse, covariance.diagonal().sqrt()
