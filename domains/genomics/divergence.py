@@ -22,7 +22,8 @@ def _called(result: xr.DataTree, template: Template, methylated: np.ndarray) -> 
         raise ValueError("divergences are of diploid genotypes; this template is haploid")
     mean = result["posterior"].to_dataset().mean(("chain", "draw"))
     given = result["constant_data"].to_dataset()
-    context, total = given["context"].values.astype(int), given["total"].values
+    context, total = given["context"].values.astype(int), _counts(result)[1]
+    methylated = np.minimum(methylated, total)
     states = np.empty(total.shape, np.int8)
     for c, name in enumerate(mean["context"].values):
         own = context == c
@@ -46,9 +47,12 @@ def _replicates(result: xr.DataTree, draws: int) -> list[np.ndarray]:
     return [made.isel(sample_=k).transpose("locus", "sample").values for k in kept]
 
 
-def _observed(result: xr.DataTree) -> np.ndarray:
+def _counts(result: xr.DataTree) -> tuple[np.ndarray, np.ndarray]:
+    """Methylated and total reads (locus, sample); a missing count is an uncovered one, as in the fit."""
     read = result["observed_data"].to_dataset()["methylated"].values
-    return np.minimum(np.nan_to_num(read), result["constant_data"].to_dataset()["total"].values)
+    missing = np.isnan(read)
+    total = np.where(missing, 0, result["constant_data"].to_dataset()["total"].values)
+    return np.where(missing, 0, read), total
 
 
 def divergence_over_time(result: xr.DataTree, template: Template, *, draws: int = 50) -> xr.Dataset:
@@ -67,7 +71,7 @@ def divergence_over_time(result: xr.DataTree, template: Template, *, draws: int 
         outside, which share ancestors and so fall out together.
     """
     pedigree = pedigree_of(template)
-    seen = alphabeta.divergences(_called(result, template, _observed(result)), pedigree)
+    seen = alphabeta.divergences(_called(result, template, _counts(result)[0]), pedigree)
     made = np.stack(
         [
             alphabeta.divergences(_called(result, template, reads), pedigree)["divergence"].values
@@ -133,9 +137,10 @@ def misfits(result: xr.DataTree, template: Template, *, draws: int = 100) -> xr.
     """
     pedigree = pedigree_of(template)
     ancestor = _ancestors(pedigree)
-    total = result["constant_data"].to_dataset()["total"].values
+    observed, total = _counts(result)
 
     def statistics(methylated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        methylated = np.minimum(methylated, total)
         states = _called(result, template, methylated)
         called = states >= 0
         both = called & called[:, ancestor]
@@ -149,7 +154,7 @@ def misfits(result: xr.DataTree, template: Template, *, draws: int = 100) -> xr.
         )
         return differs.sum(1), by_sample
 
-    changes, by_sample = statistics(_observed(result))
+    changes, by_sample = statistics(observed)
     made = [statistics(reads) for reads in _replicates(result, draws)]
     as_many = np.sum([c >= changes for c, _ in made], 0)
     replicas = np.stack([s for _, s in made])

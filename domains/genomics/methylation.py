@@ -17,6 +17,8 @@ guide under the ELBO makes it collapse, and neither coverage nor the bound shows
 The guide of a locus is a normal with the mean and covariance of its own posterior given the rest, found by
 quadrature: there is nothing to train, and so nothing that is wrong outside of what was trained on.
 
+Longer than 400 lines because the simulation and the reading of a pedigree stand beside the model they are of.
+
 References:
     Shahryary et al. 2020, Genome Biology 21, 260, doi:10.1186/s13059-020-02161-6 (AlphaBeta, selfing).
     van der Graaf et al. 2015, PNAS 112, 6676, doi:10.1073/pnas.1424254112 (rates in Arabidopsis).
@@ -409,11 +411,15 @@ def _described(data: Any) -> tuple[Mapping[str, Any], list[str], set[str]]:
     if str(data).endswith(".h5ad"):
         import h5py
 
-        stored: Any = h5py.File(data, "r")
-    else:
-        import zarr
+        with h5py.File(data, "r") as file:
+            return _stored(file, read_elem)
+    import zarr
 
-        stored = zarr.open_group(data, mode="r")
+    return _stored(zarr.open_group(data, mode="r"), read_elem)
+
+
+def _stored(stored: Any, read_elem: Any) -> tuple[Mapping[str, Any], list[str], set[str]]:
+    """As ``_described``, of an open HDF5 file or zarr group."""
     uns = {key: read_elem(stored["uns"][key]) for key in ("pedigree", "reproduction") if key in stored["uns"]}
     samples = [str(name) for name in read_elem(stored["var"]).index]
     contexts = read_elem(stored["obs"]["context"]) if "context" in stored["obs"] else []

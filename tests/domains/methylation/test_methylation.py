@@ -244,6 +244,21 @@ def test_missing_reads_are_uncovered_ones():
     np.testing.assert_allclose(first, second, rtol=1e-5)
 
 
+def test_a_missing_count_is_an_uncovered_one_in_divergences_too():
+    """Not no methylated reads out of many, which would be called UU."""
+    template = methylation.make(EXAMPLE, contexts=("CG",), heterogeneous=False)
+    table, _ = simulated(600, GAIN, LOSS, OFF, np.random.default_rng(0))
+    gap = table.assign(methylated=table["methylated"].astype(float))
+    gap["methylated"][:300, 4] = np.nan
+    none = table.copy(deep=True)
+    none["methylated"][:300, 4], none["total"][:300, 4] = 0, 0
+    fit = scivi.fit(template, table, scivi.Plan(steps=5, newton=False), progress=False)
+    first, second = (
+        divergence.divergence_over_time(scivi.predict(fit, t, 5), template)["observed"] for t in (gap, none)
+    )
+    np.testing.assert_array_equal(first, second)
+
+
 def test_divergence_over_time_of_data_that_the_model_made(scattered):
     """Of 78 pairs, which share samples, more than 40 % outside of a 90 % interval would be a wrong model."""
     template, fit, _, _, _, table = scattered
