@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from scivi.models.sum_product import Matrix, Tree, Vector
 
 RATES = ("gain", "loss")
 LEAST = 0.7  # nats: no rate is above a half, where gain and loss would change names (our choice)
-NODES, ROUNDS = 5, 2  # of the quadrature behind the guide, in each of two dimensions (our choice)
+NODES = 4  # in each of two dimensions, of the quadrature behind the guide (our choice)
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ class Loci:
 
 
 def passed_on(
-    loci: Loci, values: Mapping[str, Tensor], z: Tensor | None, form: Form
+    loci: Loci, values: Mapping[str, Tensor], z: Sequence[Tensor] | None, form: Form
 ) -> tuple[Matrix, Vector]:
-    """One generation and the founder's states, at each locus."""
+    """One generation and the founder's states, at each locus, whose z of gain and of loss are given."""
     gain, loss = (
-        loci.log_rate(values, name, None if z is None else z[..., k]).clamp_max(-LEAST).exp()
+        loci.log_rate(values, name, None if z is None else z[k]).clamp_max(-LEAST).exp()
         for k, name in enumerate(RATES)
     )
     step = transmission.step(form.reproduction, gain, loss)
@@ -160,25 +160,22 @@ def _of_one_draw(batch: Batch, loci: Loci, values: Mapping[str, Tensor], form: F
     methylated = torch.minimum(batch.methylated, total)
     given = seen(methylated, total, errors_of(values), len(form.states), form.most_reads)
     x, w = np.polynomial.hermite_e.hermegauss(NODES)
-    nodes = total.new_tensor(np.stack(np.meshgrid(x, x, indexing="ij"), -1).reshape(-1, 1, 2))
+    nodes = [total.new_tensor(e.reshape(-1, 1)) for e in np.meshgrid(x, x, indexing="ij")]
     log_weight = total.new_tensor(np.log(np.multiply.outer(w, w) / w.sum() ** 2).reshape(-1, 1))
-    mean, tril = nodes.new_zeros(2), torch.eye(2, dtype=nodes.dtype, device=nodes.device)
-    for _ in range(ROUNDS):
-        z = mean + (tril @ nodes.unsqueeze(-1)).squeeze(-1)
+    # coordinates apart: a compiler makes a single loop of them and the tree
+    z, tilt = nodes, torch.zeros_like(log_weight)
+    for last in (False, True):
         log_p = sum_product.log_likelihood(form.tree, given, *passed_on(loci, values, z, form))
-        tilt = 0.5 * (nodes.square().sum(-1) - z.square().sum(-1))
-        mean, tril = _weighed(torch.softmax(log_p + tilt + log_weight, 0), z)
-    return mean, tril
-
-
-def _weighed(weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (*, 2) and Cholesky factor (*, 2, 2) of weighted nodes (nodes, *, 2); no variance is below .01."""
-    mean = (weight.unsqueeze(-1) * z).sum(0)
-    first, second = (z - mean).unbind(-1)
-    a = (weight * first.square()).sum(0).clamp_min(0.01).sqrt()
-    b = (weight * first * second).sum(0) / a
-    c = ((weight * second.square()).sum(0) - b.square()).clamp_min(0.01).sqrt()
-    return mean, _lower(a, b, c)
+        weight = torch.softmax(log_p + tilt + log_weight, 0)
+        mean = [(weight * e).sum(0) for e in z]
+        u, v = (e - m for e, m in zip(z, mean, strict=True))
+        a = (weight * u.square()).sum(0).clamp_min(0.01).sqrt()  # no variance is below .01
+        b = (weight * u * v).sum(0) / a
+        c = ((weight * v.square()).sum(0) - b.square()).clamp_min(0.01).sqrt()
+        if not last:
+            z = [mean[0] + a * nodes[0], mean[1] + b * nodes[0] + c * nodes[1]]
+            tilt = 0.5 * (nodes[0].square() + nodes[1].square() - z[0].square() - z[1].square())
+    return torch.stack(mean, -1), _lower(a, b, c)
 
 
 def _inverse_cholesky(precision: Tensor) -> Tensor:

@@ -112,9 +112,9 @@ def model(batch: Batch, prior: Prior, nets: nn.Module | None, *, form: Form) -> 
     with batch.plate("locus"):
         z = None
         if form.heterogeneous:
-            z = pyro.sample("z", dist.Normal(one.new_zeros(2), one).to_event(1))
+            z = pyro.sample("z", dist.Normal(one.new_zeros(2), one).to_event(1)).unbind(-1)
             for k, name in enumerate(RATES):
-                pyro.deterministic(f"locus_log_{name}", own.log_rate(values, name, z[..., k]))
+                pyro.deterministic(f"locus_log_{name}", own.log_rate(values, name, z[k]))
         step, root = loci.passed_on(own, values, z, form)
         reads = PedigreeReads(
             form.tree, step, root, batch.total, loci.errors_of(values), most=form.most_reads

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from scivi.errors import Unsupported
@@ -48,7 +48,8 @@ def captured(function: Function, examples: Sequence[Tensor], *, owned: Iterable[
     """
     distinct = _distinct(examples)
     try:
-        graph = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*distinct)
+        # again, without changes in place: then equal operations on equal arguments give equal numbers
+        graph = _traced(torch.func.functionalize(_traced(function, distinct)), distinct)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         raise Unsupported(f"it decides by the value of a tensor ({_first_line(error)})") from error
     behind = {_place(t) for t in owned if t.numel()}
@@ -60,9 +61,27 @@ def captured(function: Function, examples: Sequence[Tensor], *, owned: Iterable[
         if node.target is torch.ops.aten.detach.default:  # nothing is differentiated any more
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+    _merge_repeats(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _traced(function: Function, examples: Sequence[Tensor]) -> GraphModule:
+    return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*examples)
+
+
+def _merge_repeats(graph: GraphModule) -> None:
+    """Let what guide and model both work out be worked out once."""
+    first: dict[tuple[object, str, str], Node] = {}
+    for node in list(graph.graph.nodes):
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op != "call_function" or random:
+            continue
+        same = first.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.graph.erase_node(node)
 
 
 def _distinct(examples: Sequence[Tensor]) -> list[Tensor]:

@@ -42,7 +42,7 @@ _FARTHEST = (
 )
 _STALE = 0.3  # posterior sd; after a longer step the curvature is worked out anew (our choice)
 _COARSE = 0.3  # posterior sd; where fine nodes correct by more, all rows get more nodes (our choice)
-_ROUGH, _MOST_ROUNDS = 1.5, 4  # posterior sd; beyond it fine nodes correct again, so often (our choice)
+_ROUGH, _MOST_ROUNDS = 0.5, 4  # posterior sd; beyond it fine nodes correct again, so often (our choice)
 MOST_DIMS = 16  # above it a few hundred weighted nodes say too little about the marginal (our choice)
 
 
@@ -169,7 +169,7 @@ def training_nodes(dims: int, per_dim: int) -> int:
 
     Fewer in more dimensions, since the finish takes them all (our choice).
     """
-    return min(per_dim, {2: 5, 3: 4}.get(dims, per_dim))
+    return min(per_dim, {2: 4, 3: 4}.get(dims, per_dim))
 
 
 def n_nodes(dims: int, per_dim: int) -> int:
@@ -512,7 +512,8 @@ def newton_finish(
         theta = theta + step
         if not fine or not float((step / sd).abs().max()) > _ROUGH:
             break
-        value, slope = posterior(theta, now)
+        (value, slope), covariance = posterior(theta, now), covariance_at(theta)
+        sd = covariance.diagonal().sqrt()
     evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
     loc, covariance = theta.to(module.loc), covariance.to(module.loc)
     return Newton(loc, covariance, step_sd, taken, n_fine if fine else coarse, node_error, evidence)

@@ -18,6 +18,7 @@ digits in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -117,7 +118,7 @@ def scaled(log_likelihood: Sequence[Tensor]) -> Seen:
 class _Inside(NamedTuple):
     inside: list[Vector]  # of each node, scaled: its own likelihood times what its children say
     said: list[Vector]  # of each node with a parent: what it says to the parent
-    log_scale: list[Tensor]  # logarithms of all scales
+    scales: list[Tensor]  # by which products were divided
     transition: list[Matrix | None]  # along the edge to each node
 
 
@@ -129,19 +130,19 @@ def _inside(tree: Tree, seen: Seen, step: Matrix) -> _Inside:
     inside: list[Vector] = [()] * len(tree.parent)
     said: list[Vector] = [()] * len(tree.parent)
     transition: list[Matrix | None] = [None] * len(tree.parent)
-    log_scale = [seen.log_scale]
+    scales: list[Tensor] = []
     for v in reversed(range(len(tree.parent))):
         if v in own_of:
             factors[v].append(own_of[v])
-        own, scales = _times(factors[v], step)
-        log_scale += [scale.log() for scale in scales]
+        own, divisors = _times(factors[v], step)
+        scales += divisors
         inside[v] = own
         if tree.parent[v] >= 0:
             along = by_length[tree.length[v]]
             transition[v] = along
             said[v] = tuple(_dot(row, own) for row in along)
             factors[tree.parent[v]].append(said[v])
-    return _Inside(inside, said, log_scale, transition)
+    return _Inside(inside, said, scales, transition)
 
 
 def _by_node(tree: Tree, seen: Seen) -> dict[int, Vector]:
@@ -155,11 +156,12 @@ def _times(factors: Sequence[Vector], step: Matrix) -> tuple[Vector, list[Tensor
     if not factors:
         return tuple(torch.ones_like(step[0][0]) for _ in step), []
     out, scales = factors[0], []
-    least = torch.finfo(out[0].dtype).tiny
+    least = math.sqrt(torch.finfo(out[0].dtype).tiny)  # so that two can be multiplied
     for other in factors[1:]:
         out = tuple(a * b for a, b in zip(out, other, strict=True))
         scale = sum(out[1:], start=out[0]).detach().clamp_min(least)  # any will do: it has no derivative
-        out = tuple(x / scale for x in out)
+        over = scale.reciprocal()
+        out = tuple(x * over for x in out)
         scales.append(scale)
     return out, scales
 
@@ -181,9 +183,10 @@ def log_likelihood(tree: Tree, seen: Seen, step: Matrix, root: Vector) -> Tensor
         40 nats less likely than the likeliest (float32; float64: 340) count as that much less.
     """
     found = _inside(tree, seen, step)
-    total = found.log_scale[0]
-    for part in found.log_scale[1:]:
-        total = total + part
+    total = seen.log_scale
+    pairs = [a * b for a, b in zip(found.scales[::2], found.scales[1::2], strict=False)]
+    for part in pairs + found.scales[2 * len(pairs) :]:  # a logarithm costs more than a product
+        total = total + part.log()
     for v, p in enumerate(tree.parent):
         if p < 0:
             total = total + _dot(root, found.inside[v]).log()

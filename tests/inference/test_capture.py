@@ -162,6 +162,25 @@ def test_a_template_is_captured_once_for_fits_that_differ_in_numbers_alone(monke
     assert len(graphs) > n
 
 
+def test_a_capture_does_equal_work_once_but_draws_and_changes_in_place_as_often_as_they_are_written():
+    def function(x):
+        changed, untouched = torch.zeros_like(x), torch.zeros_like(x)
+        before = changed.sum()
+        changed.add_(x.exp())
+        return changed, untouched, before, changed.sum(), x.exp() + torch.rand(3), torch.rand(3)
+
+    graph = capture.captured(function, [torch.randn(3)])
+    assert sum(node.target is torch.ops.aten.exp.default for node in graph.graph.nodes) == 1
+    x = torch.randn(3)
+    for ours, written in zip(*(_seeded(run, x) for run in (graph, function)), strict=True):
+        torch.testing.assert_close(ours, written, rtol=0, atol=0)
+
+
+def _seeded(function, x):
+    torch.manual_seed(1)
+    return function(x)
+
+
 def test_constants_of_another_fit_are_noticed(monkeypatch):
     monkeypatch.setattr(capture, "has_compiler", lambda: False)
 
