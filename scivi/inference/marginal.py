@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from scipy.stats.qmc import Sobol
 from torch import Tensor
 
 from scivi.errors import Unsupported
@@ -156,8 +157,8 @@ def nodes(
         grid = np.stack(np.meshgrid(*[x] * dims, indexing="ij"), -1).reshape(-1, dims)
         log_w = sum(np.meshgrid(*[np.log(w / w.sum())] * dims, indexing="ij"))
         return like.new_tensor(grid), like.new_tensor(np.asarray(log_w).reshape(-1))
-    uniform = torch.quasirandom.SobolEngine(dims, scramble=True, seed=0).draw(n_random, dtype=torch.float64)
-    uniform = uniform.to(like.device)
+    # numpy's, not torch's: a compiler takes them as they are, and no generator of theirs
+    uniform = torch.from_numpy(Sobol(dims, rng=0).random(n_random)).to(like.device)
     if shift is not None:
         uniform = (uniform + shift) % 1
     normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
@@ -169,7 +170,7 @@ def training_nodes(dims: int, per_dim: int) -> int:
 
     Fewer in more dimensions, since the finish takes them all (our choice).
     """
-    return min(per_dim, {2: 4, 3: 4}.get(dims, per_dim))
+    return per_dim if dims < 2 else min(per_dim, 4)
 
 
 def n_nodes(dims: int, per_dim: int) -> int:
