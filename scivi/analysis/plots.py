@@ -24,7 +24,7 @@ BLUE, RED, GREEN, YELLOW, CYAN, PURPLE, GREY = (
     "#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB",
 )  # fmt: skip
 INK, PALE = "#333333", "#E6E6E6"
-SHOWN_ROWS = 400  # beyond it single intervals cannot be told apart at page width; our choice
+SHOWN_ROWS = 150  # beyond it single intervals cannot be told apart at page width; our choice
 SHOWN_PANELS = 12  # population variables drawn; our choice
 
 
@@ -180,9 +180,9 @@ def plot_population(tree: xr.DataTree, *, reference: xr.DataTree | None = None) 
         ax.set_ylim(bottom=0)
         ax.set_yticks([])
         ax.locator_params(axis="x", nbins=4)
-        _titled(ax, _name(posterior[name], label))
+        unit = str(posterior[name].attrs.get("units", ""))
+        _titled(ax, "" if unit == "1" else unit, "density" if ax is axes.flat[0] else "", label)
     axes.flat[0].legend(fontsize=7, frameon=False)
-    _titled(axes.flat[0], axes.flat[0].get_xlabel(), "density")
     return figure
 
 

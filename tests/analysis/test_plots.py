@@ -40,7 +40,8 @@ def test_every_figure_is_labelled_and_needs_no_window(drawn):
 def test_threshold_line_units_and_both_posteriors_are_drawn(drawn):
     ax = drawn["row_k"].axes[0]
     assert any(line.get_ydata()[0] == 0.7 for line in ax.lines)
-    assert drawn["population"].axes[0].get_xlabel() == "mu (ln ct)"
+    assert drawn["population"].axes[0].get_title(loc="left") == "mu"
+    assert drawn["population"].axes[0].get_xlabel() == "ln ct"
     labels = [line.get_label() for line in drawn["population"].axes[0].lines]
     assert labels == ["prior", "posterior", "NUTS"]  # with 200 and 180 draws: none is dropped
     assert drawn["catalogue"].axes[0].get_ylabel() == "z (ln ct)"
