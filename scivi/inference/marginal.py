@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from scipy.stats.qmc import Sobol
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from scivi.errors import Unsupported
 from scivi.inference.scores import Placed, by_particle, by_row, log_prob, row_scale
@@ -157,8 +157,13 @@ def nodes(
         grid = np.stack(np.meshgrid(*[x] * dims, indexing="ij"), -1).reshape(-1, dims)
         log_w = sum(np.meshgrid(*[np.log(w / w.sum())] * dims, indexing="ij"))
         return like.new_tensor(grid), like.new_tensor(np.asarray(log_w).reshape(-1))
-    # numpy's, not torch's: a compiler takes them as they are, and no generator of theirs
-    uniform = torch.from_numpy(Sobol(dims, rng=0).random(n_random)).to(like.device)
+    with (
+        disable_proxy_modes_tracing()
+    ):  # a capture takes them as they are: there is no code for their generator
+        uniform = torch.quasirandom.SobolEngine(dims, scramble=True, seed=0).draw(
+            n_random, dtype=torch.float64
+        )
+    uniform = uniform.to(like.device)
     if shift is not None:
         uniform = (uniform + shift) % 1
     normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
