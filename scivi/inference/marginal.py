@@ -157,12 +157,9 @@ def nodes(
         grid = np.stack(np.meshgrid(*[x] * dims, indexing="ij"), -1).reshape(-1, dims)
         log_w = sum(np.meshgrid(*[np.log(w / w.sum())] * dims, indexing="ij"))
         return like.new_tensor(grid), like.new_tensor(np.asarray(log_w).reshape(-1))
-    with (
-        disable_proxy_modes_tracing()
-    ):  # a capture takes them as they are: there is no code for their generator
-        uniform = torch.quasirandom.SobolEngine(dims, scramble=True, seed=0).draw(
-            n_random, dtype=torch.float64
-        )
+    with disable_proxy_modes_tracing():  # they go into a capture as they are, and not how they are made
+        engine = torch.quasirandom.SobolEngine(dims, scramble=True, seed=0)
+        uniform = engine.draw(n_random, dtype=torch.float64)
     uniform = uniform.to(like.device)
     if shift is not None:
         uniform = (uniform + shift) % 1
