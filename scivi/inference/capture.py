@@ -68,6 +68,7 @@ def captured(function: Function, examples: Sequence[Tensor], *, owned: Iterable[
 
 
 def _traced(function: Function, examples: Sequence[Tensor]) -> GraphModule:
+    """What the function does to the examples, by running it once."""
     return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*examples)
 
 

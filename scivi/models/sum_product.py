@@ -152,7 +152,10 @@ def _by_node(tree: Tree, seen: Seen) -> dict[int, Vector]:
 
 
 def _times(factors: Sequence[Vector], step: Matrix) -> tuple[Vector, list[Tensor]]:
-    """Product of what is said of a node, with each factor brought to a sum of 1, and the divisors."""
+    """Product of what is said of a node, with each factor brought to a sum of 1, and the divisors.
+
+    A sum below 1e-19 (float64: 1e-154) is divided by that, and what is left by the next divisor.
+    """
     if not factors:
         return tuple(torch.ones_like(step[0][0]) for _ in step), []
     out, scales = factors[0], []
