@@ -228,10 +228,10 @@ def _sites(one: Subject) -> str:
         raise Broken(f"cannot be bound: {error}") from None
     with torch.no_grad():
         trace: Any = poutine.trace(bound.model).get_trace(one.batch)
-    sizes = template.all_sizes(one.batch.sizes)
+    sizes, values = template.all_sizes(one.batch.sizes), bound.values(one.batch, trace)
     wrong = []
     for name, dims in template.dims.items():
-        got, wanted = tuple(value_of(trace, name).shape), tuple(sizes[d] for d in dims)
+        got, wanted = tuple(values[name].shape), tuple(sizes[d] for d in dims)
         if [n for n in got if n > 1] != [n for n in wanted if n > 1]:
             wrong.append(f'site "{name}" has shape {got}; dims says {dims} = {wanted}')
     if wrong:
@@ -260,7 +260,7 @@ def _store(one: Subject) -> str:
     """Pyro's process-wide parameter store is left as it was."""
     store = pyro.get_param_store()
     for run in (one.bound.guide, one.bound.model):
-        run(one.batch)
+        poutine.trace(run).get_trace(one.batch)
     if added := sorted(set(store.keys()) - set(one.store)):
         raise Broken(f"pyro.param or pyro.module put {added} into the process-wide store; make them in nets")
     if changed := [name for name, value in one.store.items() if not torch.equal(store[name], value)]:
@@ -356,6 +356,15 @@ def _stored(one: Subject) -> str:
 def _particles(one: Subject) -> str:
     """Leading dims of draws pass through model and guide, and change no density."""
     bound, batch, template = one.bound, one.batch, one.template
+    training = bound.nets.training
+    bound.nets.eval()  # what is left out at random while fitting is no part of a density
+    try:
+        return _two_draws(bound, batch, template)
+    finally:
+        bound.nets.train(training)
+
+
+def _two_draws(bound: Bound, batch: Batch, template: Template) -> str:
     with torch.no_grad():
         factors = {name for name, _ in sample_sites(poutine.trace(bound.guide).get_trace(batch))}
     if summed := [site.name for site in bound.sites if site.discrete and site.name not in factors]:
@@ -363,9 +372,9 @@ def _particles(one: Subject) -> str:
     with torch.no_grad(), quiet():
         like = run_pair(bound, batch)
         two = run_pair(bound, batch, particles=2)
-        sizes = template.all_sizes(batch.sizes)
+        sizes, values = template.all_sizes(batch.sizes), bound.values(batch, two.model)
         for name, dims in template.dims.items():
-            value, n = value_of(two.model, name), int(np.prod([sizes[d] for d in dims]))
+            value, n = values[name], int(np.prod([sizes[d] for d in dims]))
             if value.numel() not in (n, 2 * n):
                 raise Broken(
                     f'site "{name}" has shape {tuple(value.shape)} with two draws; dims says {dims}: {n} each'

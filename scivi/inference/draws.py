@@ -17,20 +17,20 @@ from scivi.errors import DataError, Unsupported, listed
 from scivi.inference import marginal
 from scivi.inference.discrete import complete, left_out
 from scivi.inference.gather import (
-    AT_ONCE,
     density,
     forecasts,
     log_likelihood,
     prior_draws,
     reported,
     row_weight,
+    rows_at_once,
 )
 from scivi.inference.loop import open_data
 from scivi.inference.refine import Refined, refine_rows
 from scivi.inference.scores import Placed, particle_plate, quiet
 from scivi.inference.state import Fit
 from scivi.inference.trees import SAMPLED, Named, Pieces, plain_labels, units_of
-from scivi.inputs.batches import Batch, chunks
+from scivi.inputs.batches import Batch, chunks, make_batch
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.sites import row_dim_of, sample_sites
 
@@ -39,6 +39,7 @@ Groups = dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]]  # by group an
 POOR_SHARE = (
     0.2  # share of effective draws under which a row's amortised posterior counts as poor (our choice)
 )
+MOST_CHUNKS = 2**32  # chunks along one row dim: each has a stream of its own
 WEIGHED_DRAWS = 400  # draws whose global weight is worked out by integrating all rows
 FEWEST_WEIGHED = 50  # fewer draws say nothing about the weights' tail
 WEIGHED_NODES = 2**27  # rows x nodes x draws above which it is not (our choice: about a minute)
@@ -92,9 +93,14 @@ def draw(
     chains = [_Chain(one, draws, stream_seed(seed + k, "draws")) for k, one in enumerate(fits)]
     units = units_of(template)
     with Pieces(template.row_dims[0], _coords(fits, source, draws), units, to) as pieces:
-        for number, (rows, batch) in enumerate(_chunks(fits, source, draws)):
+        first, *others = template.row_dims
+        for number, (rows, batch) in enumerate(_chunks(fits, source, draws, first)):
             found = [chain.rows(batch, number, refine, predictive) for chain in chains]
             pieces.add(rows, {**_stacked(found), **_data(template, source, rows)})
+        for k, row in enumerate(others, 1):
+            for number, (_, batch) in enumerate(_chunks(fits, source, draws, row)):
+                for chain in chains:
+                    chain.add_density(batch, row, k * MOST_CHUNKS + number)
         pieces.add(None, {"sample_stats": _totals(chains, source)})
         history = [f.history for f in fits]
         whole = {"prior": prior_draws(fits[0].bound, draws, seed, pieces.coords, units)}
@@ -153,15 +159,30 @@ def _coords(fits: Sequence[Fit], source: Any, draws: int) -> dict[str, np.ndarra
     return coords | {d: np.asarray(labels) for d, labels in template.coords.items()}
 
 
-def _chunks(fits: Sequence[Fit], source: Any, draws: int) -> Iterator[tuple[slice, Batch]]:
-    """The rows, some at a time, and where they stand; all at once for a guide with a factor for each row."""
-    bound, row = fits[0].bound, fits[0].template.row_dims[0]
-    some = next(iter(bound.example.values.values()))
+def _chunks(fits: Sequence[Fit], source: Any, draws: int, row: str) -> Iterator[tuple[slice, Batch]]:
+    """The rows along a dim, some at a time, and where they stand, with one row of every other row dim.
+
+    All at once for a guide with a factor for each row.
+    """
+    bound = fits[0].bound
+    template, some = bound.template, next(iter(bound.example.values.values()))
     n = source.sizes[row]
-    size = max(1, AT_ONCE // draws) if all(f.bound.amortised for f in fits) else n
-    parts = chunks(source, bound.template.fields, bound.template.row_dims, size, some.device, some.dtype)
-    for number, batch in enumerate(parts):
-        yield slice(number * size, min(n, (number + 1) * size)), batch
+    size = rows_at_once(bound, row, draws) if all(f.bound.amortised for f in fits) else n
+    others = {d: np.arange(1) for d in template.row_dims if d != row and source.sizes[d] > 1}
+    for start in range(0, n, size):
+        index = others if size >= n else {**others, row: np.arange(start, min(n, start + size))}
+        yield (
+            slice(start, min(n, start + size)),
+            make_batch(
+                source.read(index),
+                template.fields,
+                source.sizes,
+                template.row_dims,
+                index,
+                some.device,
+                some.dtype,
+            ),
+        )
 
 
 def _stacked(found: Sequence[Groups]) -> Groups:
@@ -186,7 +207,7 @@ def _data(template: Any, source: Any, rows: slice) -> Groups:
     n = source.sizes[row]
     table = source.read({} if rows == slice(0, n) else {row: np.arange(rows.start, rows.stop)})
     return {
-        group: {n: (f.dims, table[n]) for n, f in template.fields.items() if f.role == role}
+        group: {n: (f.dims, table[n]) for n, f in template.told.items() if f.role == role}
         for group, role in (("observed_data", "observed"), ("constant_data", "given"))
     }
 
@@ -247,21 +268,34 @@ class _Chain:
                 weight = by_guide.index_copy(1, refined.rows, refined.log_weight)
                 lost = (by_guide - weight).sum(1)
                 gap[refined.rows.cpu().numpy()] = refined.gap.cpu().numpy()
-        self.log_joint = self.log_joint + _numpy(density(bound, model, batch, rows_only=number > 0))
-        self.log_guide = self.log_guide + _numpy(density(bound, guide, batch, rows_only=number > 0) + lost)
+        self.log_joint = self.log_joint + _numpy(density(bound, model, batch, row, rows_only=number > 0))
+        self.log_guide = self.log_guide + _numpy(
+            density(bound, guide, batch, row, rows_only=number > 0) + lost
+        )
         stats: dict[str, Any] = {"outside": ((row,), outside), "poor": ((row,), poor)}
         if weight is not None:
             stats["row_log_weight"] = ((row,), weight.cpu().numpy())
         if refine:
             stats["amortisation_gap"] = ((row,), gap)
         groups: Groups = {
-            "posterior": reported(template, model, batch, draws, row=None if number == 0 else row),
+            "posterior": reported(bound, model, batch, draws, row=None if number == 0 else row),
             "log_likelihood": log_likelihood(template, model, batch, draws),
             "sample_stats": stats,
         }
         if predictive:
             groups["posterior_predictive"] = forecasts(bound, model, batch, draws)
         return groups
+
+    def add_density(self, batch: Batch, row: str, stream: int) -> None:
+        """Add up the density of a chunk of rows along another row dim, of which nothing else is told."""
+        bound, draws = self.fit.bound, self.draws
+        with self._running(1 + stream):
+            with particle_plate(draws, bound.nesting):
+                with Placed(self.given, lambda name, _: self.given[name]):
+                    guide = poutine.trace(bound.guide).get_trace(batch)
+            guide, model = _run_model(bound, batch, guide, draws)
+            self.log_joint = self.log_joint + _numpy(density(bound, model, batch, row, rows_only=True))
+            self.log_guide = self.log_guide + _numpy(density(bound, guide, batch, row, rows_only=True))
 
     def global_weights(self, source: Any) -> np.ndarray | None:
         """Log importance weights of the globals, all rows integrated; None where that is no use."""

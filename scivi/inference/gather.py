@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,14 @@ from scivi.models.sites import plates_of, row_dim_of, sample_sites, value_of
 from scivi.models.template import Template
 
 AT_ONCE = 2**20  # draws x rows held at once (our choice: a few hundred MB with a dozen sites)
+ENTRIES_AT_ONCE = 2**24  # draws x rows x entries of a row held at once (our choice: 64 MB a tensor)
+
+
+def rows_at_once(bound: Bound, row: str, draws: int) -> int:
+    """Rows along a dim that a run over so many draws may take."""
+    fields = bound.template.fields.values()
+    entries = [math.prod(bound.example.sizes[d] for d in f.dims if d != row) for f in fields if row in f.dims]
+    return max(1, min(AT_ONCE // draws, ENTRIES_AT_ONCE // (draws * max(entries, default=1))))
 
 
 def shape_of(template: Template, dims: Sequence[str], batch: Batch) -> list[int]:
@@ -29,18 +38,18 @@ def shape_of(template: Template, dims: Sequence[str], batch: Batch) -> list[int]
 
 
 def reported(
-    template: Template, model: poutine.Trace, batch: Batch, draws: int, *, row: str | None = None
+    bound: Bound, model: poutine.Trace, batch: Batch, draws: int, *, row: str | None = None
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Reported sites of a model's trace, (draw, *dims); with ``row``, only those that have this dim.
+    """What a model's trace has to report, (draw, *dims); with ``row``, only what has this dim.
 
     Raises:
         TemplateError: a site's shape is not that of its dims.
     """
-    found = {}
+    template, values, found = bound.template, bound.values(batch, model), {}
     for name, dims in template.dims.items():
         if row is not None and row not in dims:
             continue
-        value, shape = value_of(model, name), shape_of(template, dims, batch)
+        value, shape = values[name], shape_of(template, dims, batch)
         if value.numel() not in (int(np.prod(shape)), draws * int(np.prod(shape))):
             raise TemplateError(
                 f'site "{name}" has shape {tuple(value.shape)} over {draws} draws, which is not '
@@ -56,7 +65,7 @@ def log_likelihood(
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """Log density of each observed site over its plates, (draw, *plates); 0 if missing."""
     found = {}
-    for name in template.observed:
+    for name in (n for n in template.observed if n in template.told):
         node = model.nodes[name]
         placed = sorted(plates_of(node).items(), key=lambda item: item[1])
         dims = tuple(p for p, _ in placed if p != "_particle")
@@ -73,7 +82,7 @@ def forecasts(
     values = {n: s["value"] for n, s in sample_sites(model) if not s["is_observed"]}
     with particle_plate(draws, bound.nesting), Placed(values, lambda name, _: values[name]):
         again = poutine.trace(bound.model).get_trace(batch.predict())
-    dims = {n: template.fields[n].dims for n in template.observed}
+    dims = {n: f.dims for n, f in template.told.items() if f.role == "observed"}
     return {
         n: (d, arranged(value_of(again, n), draws, shape_of(template, d, batch))) for n, d in dims.items()
     }
@@ -90,19 +99,22 @@ def prior_draws(
             trace = poutine.trace(bound.model).get_trace(bound.example.predict())
     named = {}
     for name, dims in template.dims.items():
-        if not set(dims) & set(template.row_dims):
+        if name in trace.nodes and not set(dims) & set(template.row_dims):
             shape = shape_of(template, dims, bound.example)
             named[name] = (dims, arranged(value_of(trace, name), draws, shape)[None])
     return dataset(named, coords, units, sampled=True)
 
 
-def density(bound: Bound, trace: poutine.Trace, batch: Batch, *, rows_only: bool) -> Tensor:
-    """Log density of a trace by draw, rows counted once; ``rows_only``: of what has the first row dim."""
+def density(bound: Bound, trace: poutine.Trace, batch: Batch, row: str, *, rows_only: bool) -> Tensor:
+    """Log density of a trace by draw, each row counted once.
+
+    Of the sites along ``row``, and unless ``rows_only`` of those along no row dim.
+    """
     rows = bound.template.row_dims
     total = torch.zeros(())
     for _, site in sample_sites(trace):
         dim = row_dim_of(site, rows)
-        if rows_only and rows[0] not in plates_of(site):
+        if dim != row and (rows_only or dim is not None):
             continue
         value = by_particle(log_prob(site), bound.nesting)
         total = total + (value if dim is None else value / row_scale(batch, dim))

@@ -288,7 +288,7 @@ def _rerun(bound: Bound, batch: Batch, values: Mapping[str, Tensor], total: int)
     for begin in range(0, total, size):
         n = min(size, total - begin)
         model = _model_at(bound, batch, {name: v[begin : begin + n] for name, v in values.items()}, n)
-        found.append(reported(template, model, batch, n))
+        found.append(reported(bound, model, batch, n))
         likelihood.append(log_likelihood(template, model, batch, n))
         density = [by_particle(log_prob(s), bound.nesting).expand(n) for _, s in sample_sites(model)]
         joint.append(torch.stack([d.double() for d in density]).sum(0).numpy())
@@ -341,7 +341,7 @@ def _groups(
     groups["log_likelihood"] = dataset(likelihood, coords, dict.fromkeys(likelihood, "nat"), sampled=True)
     table = source.read({})
     for group, role in (("observed_data", "observed"), ("constant_data", "given")):
-        named = {n: (f.dims, table[n]) for n, f in template.fields.items() if f.role == role}
+        named = {n: (f.dims, table[n]) for n, f in template.told.items() if f.role == role}
         groups[group] = dataset(named, coords, units, sampled=False)
     named = {"lp": ((), sampled(found.log_joint))}
     whole = {"diverging": bool, "n_steps": int, "tree_depth": int}

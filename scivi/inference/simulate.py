@@ -54,6 +54,7 @@ def simulate(
     truth = {
         n: (d, value_of(trace, n).numpy().reshape(shape_of(template, d, batch)))
         for n, d in template.dims.items()
+        if n in trace.nodes  # what is derived is no part of what made the data
     }
     return dataset(table, coords, units, sampled=False), dataset(truth, coords, units, sampled=False)
 

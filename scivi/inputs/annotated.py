@@ -50,6 +50,11 @@ def of_anndata(adata: Any) -> Table:
     return _table(columns, labels)
 
 
+def of_sparse_on_disk(matrix: Any, dims: tuple[str, ...]) -> Column:
+    """A column of the sparse matrix of a backed AnnData, which stays on disk."""
+    return _of_element(matrix.group, dims)
+
+
 def of_h5ad(path: Path) -> Table:
     """The table of a .h5ad file, which stays open and is read as needed."""
     import h5py

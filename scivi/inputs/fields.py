@@ -161,6 +161,11 @@ def check_fields(fields: Mapping[str, Field]) -> list[str]:
         if not isinstance(f, Field)
     ]
     known = {name: f for name, f in fields.items() if isinstance(f, Field)}
+    faults += [
+        f'field "{name}" has the name of one of its dims, where labels stand; choose another'
+        for name, f in known.items()
+        if name in f.dims and len(f.dims) > 1
+    ]
     for name, f in known.items():
         most = known.get(f.at_most)
         if f.at_most and (most is None or most.dims != f.dims):

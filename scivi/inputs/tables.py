@@ -159,12 +159,23 @@ def _of_mapping(data: Mapping[str, Any]) -> Table:
             coords = value.coords.to_dataset()
             labels |= {str(d): _of_variable(coords.variables[d]) for d in value.dims if d in coords}
         elif isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple | list):
-            column = from_array(value[1], tuple(value[0]))
+            column = _of_value(value[1], tuple(value[0]))
         else:
             dims = tuple(f"{name}#{k}" for k in range(np.ndim(value)))
             column, loose = from_array(value, dims), loose | set(dims)
+        if column.dims == (str(name),):  # as in xarray, what has the name of its dim is the labels of it
+            labels[str(name)] = column
         columns[str(name)] = column
     return Table(columns, labels, loose=frozenset(loose), what="dict of arrays")
+
+
+def _of_value(value: Any, dims: tuple[str, ...]) -> Column:
+    """A column of an array, of scipy's sparse matrices, or of AnnData's on disk."""
+    if hasattr(value, "group") and hasattr(value, "format"):
+        from scivi.inputs.annotated import of_sparse_on_disk
+
+        return of_sparse_on_disk(value, dims)
+    return from_array(value, dims)
 
 
 def from_table(

@@ -134,6 +134,10 @@ class Bound:
             else:
                 self.template.guide(batch, self.template.prior, self.nets.own)
 
+    def values(self, batch: Batch, trace: poutine.Trace) -> dict[str, Tensor]:
+        """All that a run of the model has to report, what the template derives of it too, by name."""
+        return _values(self.template, batch, self.nets.own, trace)
+
     def holding(self, parameters: Mapping[str, Tensor], run: Callable[[], _T]) -> _T:
         """Run a function with other values in place of the nets' parameters."""
         return torch.func.functional_call(
@@ -176,7 +180,7 @@ def bind(template: Template, example: Batch, seed: int) -> Bound:
         own = own.to(some.device, some.dtype) if own is not None else None
         runs = _prior_runs(template, example, own)
         sites, nesting = latent_sites(runs[0], sizes, template.row_dims), nesting_of(*runs)
-        _check_sites(template, runs[0], sites)
+        _check_sites(template, runs[0], sites, frozenset(_values(template, example, own, runs[0])))
         guide = _guide_module(template, runs, sites, nesting)
     nets = Nets(own, guide)
     return Bound(template, nets.to(some.device, some.dtype), sites, nesting, example)
@@ -206,15 +210,24 @@ def _guide_module(
     return None
 
 
-def _check_sites(template: Template, run: poutine.Trace, sites: tuple[Site, ...]) -> None:
-    known = {name for name, node in run.nodes.items() if node["type"] == "sample"}
+@torch.no_grad()
+def _values(template: Template, batch: Batch, own: nn.Module | None, run: poutine.Trace) -> dict[str, Tensor]:
+    found = {name: value_of(run, name) for name, node in run.nodes.items() if node["type"] == "sample"}
+    derive = template.derive
+    return found if derive is None else {**found, **derive(batch, template.prior, own, found)}
+
+
+def _check_sites(
+    template: Template, run: poutine.Trace, sites: tuple[Site, ...], known: frozenset[str]
+) -> None:
+    scored = {name for name, node in run.nodes.items() if node["type"] == "sample"}
     faults = [
         f'dims lists "{name}", but the model has no such site' for name in template.dims if name not in known
     ]
     observed = set(template.observed)
     faults += [
         f'observed field "{name}" is never scored: call batch.observe("{name}", ...)'
-        for name in observed - known
+        for name in observed - scored
     ]
     for site in sites:
         if site.name in template.dims and len(site.shape) != len(template.dims[site.name]):

@@ -294,6 +294,46 @@ def global_normal(
     return JointNormalGuide(slots, torch.cat(values), scale, rank, nesting)
 
 
+class IndependentNormals(nn.Module):
+    """Independent normals on the unbounded scale, for global latents too many to correlate.
+
+    It is kept in the ``nets`` of an amortised template, and called in its guide.
+
+    Args:
+        sites: by name, the event shape and the support.
+        start: by name, the starting value, inside the support.
+        scale: starting standard deviation.
+        pace: by how much the means move where a network's weight moves by 1: a global that starts far from
+            where it belongs would take thousands of steps of a size that suits networks.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, tuple[tuple[int, ...], constraints.Constraint]],
+        start: Mapping[str, Tensor],
+        *,
+        scale: float = 0.1,
+        pace: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.supports, self.pace = {name: support for name, (_, support) in sites.items()}, pace
+        self.loc, self.log_scale = nn.ParameterDict(), nn.ParameterDict()
+        for name, support in self.supports.items():
+            value = biject_to(support).inv(torch.as_tensor(start[name]).float())
+            self.loc[name] = nn.Parameter(value / pace)
+            self.log_scale[name] = nn.Parameter(torch.full_like(value, scale).log())
+
+    def distribution(self, name: str) -> dist.TorchDistribution:
+        """Of a site, all of it one event."""
+        loc = self.pace * self.loc[name]
+        base = dist.Normal(loc, self.log_scale[name].exp()).to_event(loc.dim())
+        return dist.TransformedDistribution(base, [biject_to(self.supports[name])])
+
+    def forward(self) -> dict[str, Tensor]:
+        """Sample every site; the values by name."""
+        return {name: pyro.sample(name, self.distribution(name)) for name in self.supports}
+
+
 class SinhArcsinh(torch.distributions.Transform):
     """Skew and tail weight for each coordinate: y = (sinh((asinh(x) + skew) * tail) - m) / s.
 

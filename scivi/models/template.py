@@ -32,8 +32,8 @@ class Template:
         fields: the table that the model needs, by field name.
         rows: the dim, or dims, whose entries may be minibatched, each on its own.
         model: ``(batch, prior, nets) -> None``; pyro sample sites, the generative story.
-        dims: every latent or deterministic site that is reported, with the names of its dims. A latent that
-            is not listed is auxiliary: fitted, but not reported.
+        dims: every latent, deterministic or derived site that is reported, with the names of its dims. A
+            latent that is not listed is auxiliary: fitted, but not reported.
         guide: ``(batch, prior, nets) -> None``, or one of the families in ``scivi.models.guides``; None is
             the mean-field normal over all latents.
         nets: ``(sizes, prior) -> nn.Module``, everything learnable, made afresh at each call; None if there
@@ -41,6 +41,9 @@ class Template:
         prior: frozen dataclass of the model's numbers, each with unit and source.
         simulate: ``(sizes, prior, generator) -> (table, truth)``, both ``xarray.Dataset``; None runs the
             model forward.
+        derive: ``(batch, prior, nets, values) -> {name: tensor}``, what is reported besides sites: worked out
+            of a draw once the fit is done, and so no burden on its steps. ``values`` are those of all sites,
+            by name; draws lead, and what comes back has them in front of its ``dims``.
         units: unit of each reported site; "1" where absent.
         sizes: of dims that no field has: a number (a latent dimension), or the name of the dim that it
             equals.
@@ -70,6 +73,7 @@ class Template:
     nets: Callable[[Mapping[str, int], Any], nn.Module] | None = None
     prior: Any = NoPrior()
     simulate: Callable[..., tuple[Any, Any]] | None = None
+    derive: Callable[[Any, Any, Any, Mapping[str, Any]], Mapping[str, Any]] | None = None
     units: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int | str] = field(default_factory=dict)
     coords: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -127,6 +131,12 @@ class Template:
             for site in self.units
             if site not in self.dims
         ]
+        faults += [
+            f'site "{site}" lies along "{row}": only the first row dim, "{self.rows[0]}", is reported'
+            for site, dims in self.dims.items()
+            for row in self.rows[1:]
+            if row in dims
+        ]
         faults += [f"{name} must be a function" for name in ("model",) if not callable(self.model)]
         params = getattr(self.prior, "__dataclass_params__", None)
         if isinstance(self.prior, type) or params is None or not params.frozen:
@@ -142,6 +152,11 @@ class Template:
     def observed(self) -> tuple[str, ...]:
         """Names of the fields that the model scores."""
         return tuple(name for name, f in self.fields.items() if f.role == "observed")
+
+    @property
+    def told(self) -> dict[str, Field]:
+        """The fields that a result holds: all but those along a row dim other than the first."""
+        return {name: f for name, f in self.fields.items() if not set(f.dims) & set(self.rows[1:])}
 
     @property
     def row_dims(self) -> tuple[str, ...]:

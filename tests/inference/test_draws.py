@@ -137,7 +137,7 @@ def test_seeds_decide_the_draws_and_the_process_stream_stays(exact):
 
 def test_rows_in_chunks_follow_the_same_globals(exact, monkeypatch):
     whole = draw(exact, LABELLED, 10, seed=2)
-    monkeypatch.setattr(draws_module, "AT_ONCE", 40)  # four rows at a time
+    monkeypatch.setattr("scivi.inference.gather.AT_ONCE", 40)  # four rows at a time
     parts = predict(exact, LABELLED, 10, seed=2)
     assert {n: v.dims for n, v in parts.posterior.data_vars.items()} == {
         n: v.dims for n, v in whole.posterior.data_vars.items()
@@ -222,7 +222,7 @@ def test_a_written_tree_is_read_back(exact, tmp_path, ending):
 
 
 def test_rows_written_as_they_come_are_those_held_in_memory(exact, tmp_path, monkeypatch):
-    monkeypatch.setattr(draws_module, "AT_ONCE", 40)  # four rows at a time
+    monkeypatch.setattr("scivi.inference.gather.AT_ONCE", 40)  # four rows at a time
     held = predict(exact, LABELLED, 10, seed=2)
     path = tmp_path / "draws.zarr"
     for _ in range(2):  # the second replaces the first
@@ -233,7 +233,7 @@ def test_rows_written_as_they_come_are_those_held_in_memory(exact, tmp_path, mon
 
 
 def test_a_drawing_that_fails_leaves_nothing_behind(exact, tmp_path, monkeypatch):
-    monkeypatch.setattr(draws_module, "AT_ONCE", 40)
+    monkeypatch.setattr("scivi.inference.gather.AT_ONCE", 40)
     real, calls = draws_module.reported, []
 
     def fails_later(*args, **kwargs):
