@@ -34,13 +34,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-import xarray as xr
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
@@ -48,6 +47,7 @@ from torch.nn.functional import softplus
 
 from domains.genomics import cells
 from domains.genomics.cell_networks import ISOTYPE_LOGIT, LEAST_LOG_FOLD, Nets
+from domains.genomics.cell_simulation import simulate
 from domains.genomics.panels import Form, Panel, Prior
 from scivi.errors import TemplateError, listed
 from scivi.inputs.fields import Field
@@ -55,6 +55,7 @@ from scivi.models import Batch, Template, guides
 from scivi.models.counts import NegativeBinomialMean
 from scivi.models.foreground import ForegroundBackground, ScatteredCounts
 
+SETTINGS = ("n_latent", "hidden", "dropout", "reference")  # of ``make`` besides the panel
 FACTOR_STEPS = 2  # in which foreground and droplet factor are told apart (our choice)
 
 
@@ -235,73 +236,6 @@ def derive(
     return {"foreground": present, "log_background": log_background, "denoised": present * level}
 
 
-def simulate(
-    sizes: Mapping[str, int], prior: Prior, generator: torch.Generator, *, form: Form
-) -> tuple[xr.Dataset, xr.Dataset]:
-    """Cells of six types, each with its own genes and proteins, and the truth behind them.
-
-    Args:
-        sizes: number of cells ("cell"), and of empty droplets ("droplet"; as many as cells if absent).
-        prior: kappa and the proteins' dispersion are read.
-        generator: whose seed starts numpy's.
-        form: of the template.
-    """
-    rng = np.random.default_rng(generator.initial_seed())
-    panel, n, n_types = form.panel, sizes["cell"], 6
-    t, k, kind = len(panel.proteins), form.n_batches, rng.integers(0, n_types, sizes["cell"])
-    isotype = np.isin(panel.proteins, panel.isotypes)
-    place = rng.integers(0, k, n)
-    log_ambient = np.array(panel.log_ambient) + (prior.kappa if panel.has_empties else 0.0)
-    log_ambient = log_ambient + 0.3 * rng.normal(size=(k, t))
-    scatter, droplet_scatter = rng.uniform(0.15, 0.4, t), rng.uniform(0.2, 0.5)
-    share = np.where(isotype, 1e-3, rng.choice([0.03, 0.5, 0.97], (n_types, t)))
-    log_fold = np.maximum(np.array(panel.log_fold), LEAST_LOG_FOLD) + rng.uniform(0.0, 0.5, t)
-    factor = droplet_scatter * rng.normal(size=n)
-    log_background = log_ambient[place] + factor[:, None] + scatter * rng.normal(size=(n, t))
-    present = rng.random((n, t)) < share[kind]
-
-    def counts(log_mean: np.ndarray, dispersion: float | np.ndarray) -> np.ndarray:
-        rate = np.exp(log_mean) * rng.gamma(dispersion, 1.0, log_mean.shape) / dispersion
-        return rng.poisson(rate).astype(float)
-
-    table: dict[str, Any] = {
-        "adt": (
-            ("cell", "protein"),
-            counts(log_background + present * log_fold, prior.protein_dispersion),
-        ),
-        "batch": (("cell",), np.array(panel.batches)[place]),
-    }
-    truth: dict[str, Any] = {
-        "log_ambient": (("batch", "protein"), log_ambient),
-        "scatter": (("protein",), scatter),
-        "droplet_scatter": ((), droplet_scatter),
-        "droplet_factor": (("cell",), factor),
-        "log_background": (("cell", "protein"), log_background),
-        "foreground": (("cell", "protein"), present.astype(float)),
-    }
-    if form.has_rna:
-        g = len(panel.log_fractions)
-        logits = (
-            np.array(panel.log_fractions)
-            + (rng.normal(size=(n_types, g)) * (rng.random((n_types, g)) < 0.3))[kind]
-        )
-        fractions = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        log_theta = rng.normal(0.5, 0.5, g)
-        library = np.exp(rng.normal(math.log(20.0 * g), 0.3, (n, 1)))
-        table["rna"] = (("cell", "gene"), counts(np.log(library * fractions), np.exp(log_theta)))
-        truth["log_theta"] = (("gene",), log_theta)
-    coords: dict[str, Any] = {"cell": np.arange(n), "protein": np.array(panel.proteins)}
-    if panel.has_empties:
-        m = sizes.get("droplet", n)
-        at = rng.integers(0, k, m)
-        level = (log_ambient - prior.kappa)[at] + droplet_scatter * rng.normal(size=(m, 1))
-        empties = counts(level + scatter * rng.normal(size=(m, t)), prior.protein_dispersion)
-        table["empty_adt"] = (("droplet", "protein"), empties)
-        table["empty_batch"] = (("droplet",), np.array(panel.batches)[at])
-        truth["log_kappa"] = (("batch",), np.full(k, prior.kappa))
-    return xr.Dataset(table, coords), xr.Dataset(truth, {**coords, "batch": np.array(panel.batches)})
-
-
 def validate(
     values: Mapping[str, np.ndarray], coords: Mapping[str, np.ndarray], *, panel: Panel
 ) -> list[str]:
@@ -324,6 +258,7 @@ def make(
     n_latent: int = 20,
     hidden: int = 256,
     dropout: float = 0.2,
+    reference: int = 0,
     prior: Prior | None = None,
 ) -> Template:
     """A template of CITE-seq counts.
@@ -334,6 +269,7 @@ def make(
         n_latent: dimensions of a cell's state.
         hidden: width of the networks.
         dropout: share of hidden units that are left out while fitting.
+        reference: number of batches of the fit that these cells are mapped onto, as ``query`` sets it.
         prior: numbers of the model.
 
     Raises:
@@ -343,7 +279,7 @@ def make(
         panel = Panel.from_dict(panel)
     if faults := panel.faults():
         raise TemplateError(listed("the panel cannot be used:", faults))
-    form = Form(panel, n_latent, hidden, dropout)
+    form = Form(panel, n_latent, hidden, dropout, reference)
     counts = constraints.nonnegative_integer
     words = {"labels": panel.batches, "default": panel.batches[0]}
     fields = {
@@ -386,7 +322,7 @@ def make(
         distinct=True,
         made=(
             "domains.genomics.citeseq:make",
-            {"panel": panel.to_dict(), "n_latent": n_latent, "hidden": hidden, "dropout": dropout},
+            {"panel": panel.to_dict(), **{name: getattr(form, name) for name in SETTINGS}},
         ),
     )
 
@@ -424,9 +360,14 @@ def from_data(
     return make(measured, **options), cells.table(found, measured, droplets)
 
 
+def form_of(template: Template) -> Form:
+    """What was fixed when a template was made by ``make``."""
+    return cast(Any, template.model).keywords["form"]
+
+
 def panel_of(template: Template) -> Panel:
     """The panel of a template made by ``make``."""
-    return template.validate.keywords["panel"]  # type: ignore[union-attr]
+    return form_of(template).panel
 
 
 EXAMPLE = Panel(

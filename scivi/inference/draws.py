@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -337,9 +338,14 @@ def _effective_share(weight: Tensor) -> np.ndarray:
 
 
 def _outside(fit: Fit, batch: Batch) -> np.ndarray:
-    """Rows with an entry beyond the range that the fit has seen, by more than a tenth of it."""
+    """Rows of which more lies beyond the range that the fit has seen than chance explains.
+
+    An entry counts if it is beyond by more than a tenth of the range. Were a row of the same kind as the n of
+    the fit, each of its entries would be the largest, or the smallest, with chance 1 / (n + 1): of thousands
+    of genes some are in most cells. So many are allowed, and four standard deviations more.
+    """
     row, template = fit.template.row_dims[0], fit.template
-    out = torch.zeros(batch.n_rows(row), dtype=torch.bool)
+    beyond, expected = torch.zeros(batch.n_rows(row)), 0.0
     for name, declared in template.fields.items():
         if row not in declared.dims:
             continue
@@ -349,12 +355,14 @@ def _outside(fit: Fit, batch: Batch) -> np.ndarray:
         if low.shape != value.shape[1:]:  # other entries along another dim: what was seen of all of them
             low, high = low.min(), high.max()
         margin = 0.1 * (high - low) + 1e-6 * high.abs()
-        beyond = (value < low - margin) | (value > high + margin)
+        found = (value < low - margin) | (value > high + margin)
         mask = batch.observed_mask.get(name)
         if mask is not None:
-            beyond &= mask.cpu().movedim(axis, 0)
-        out |= beyond.reshape(len(out), -1).any(1)
-    return out.numpy()
+            found &= mask.cpu().movedim(axis, 0)
+        beyond += found.reshape(len(beyond), -1).sum(1)
+        expected += value[0].numel() * 2 / (fit.sizes[row] + 1) if len(value) else 0.0
+    allowed = math.floor(expected + 4 * expected**0.5) if expected > 0.5 else 0
+    return (beyond > allowed).numpy()
 
 
 def _replaced(
