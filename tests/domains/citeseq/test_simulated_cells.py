@@ -1,0 +1,73 @@
+"""Cells simulated by another model than ours, whose truth is known: calls, calibration and backgrounds."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import scivi
+from domains.genomics import citeseq
+
+TOOL = Path(__file__).parents[3] / ".." / "shared" / "tools" / "citeseq_sim.py"
+STEPS = 500
+PLAN = scivi.Plan(
+    steps=STEPS,
+    rows_per_batch=128,
+    lr=8e-3,
+    warmup=0.15,
+    decay=0.85,
+    kl_warmup=STEPS // 3,
+    beta_start=0.1,
+    stop=None,
+    compile="off",
+)
+
+
+def simulator() -> Any:
+    if not TOOL.exists():
+        pytest.skip("the simulation and its scores lie outside of the repository, and are not here")
+    spec = importlib.util.spec_from_file_location("citeseq_sim", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_citeseq_sim_calls_foreground_and_gives_the_background_with_its_error():
+    """2,000 cells, 24 proteins: a fifth of them stand but twofold above the background.
+
+    The bars are those of the issue that asked for this template. With the truth known a classifier reaches an
+    area of .977, a mixture for each protein by itself .868. The scores are of 48,000 pairs of cell and
+    protein, so their own errors are below .003.
+    """
+    sim = simulator()
+    both = sim.simulate(0)
+    cells, empties = (both[both.obs["is_empty"].to_numpy() == k].copy() for k in (False, True))
+    truth = both.uns["truth"]
+    names = list(both.obsm["protein_expression"].columns)
+    isotypes = [n for n, is_isotype in zip(names, truth["isotype"], strict=True) if is_isotype]
+    template, table = citeseq.from_data(cells, isotypes=isotypes, empties=empties)
+    fit = scivi.fit(template, table, PLAN, progress=False)
+    posterior = scivi.draw(fit, table, 200)["posterior"].to_dataset()
+    foreground = posterior["foreground"].mean(("chain", "draw")).values
+    low, median, high = np.exp(np.quantile(posterior["log_background"].values[0], [0.05, 0.5, 0.95], axis=0))
+    true_rate = cells.obsm["true_bg_rate"]
+    scores = sim.score(
+        foreground, cells.obsm["true_fg"], median, low, high, true_rate, np.asarray(truth["isotype"])
+    )
+    assert scores["auroc_mean"] >= 0.94
+    assert scores["brier"] <= 0.05
+    assert scores["ece10"] <= 0.02
+    assert scores["isotype_false_fg"] <= 0.01
+    assert scores["bg_log_rmse"] <= 0.35
+    assert 0.85 <= scores["bg_cover90"] <= 0.95
+    kappa = np.exp(posterior["log_kappa"].values).ravel()
+    assert abs(np.log(np.median(kappa) / truth["kappa"])) < 0.1
+    scatter = posterior["droplet_scatter"].values
+    assert abs(np.median(scatter) / 0.4 - 1) < 0.15  # sd_a of the simulation
