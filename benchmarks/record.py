@@ -27,7 +27,7 @@ def use_threads(count: int = THREADS) -> None:
 def environment() -> dict[str, str | int | float]:
     """What the figures depend on besides the code."""
     found: dict[str, str | int | float] = {}
-    for package in ("torch", "pyro-ppl", "numpyro", "nutpie", "jax", "numpy"):
+    for package in ("torch", "pyro-ppl", "numpyro", "nutpie", "jax", "scvi-tools", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -167,7 +167,6 @@ def guide(batch: Batch, prior: Prior, nets: Nets, *, form: Form) -> None:
             pyro.sample("empty_factor", dist.Normal(centre + width * shift, width * stretch.exp()))
 
 
-@torch.no_grad()
 def factor_of_cells(
     batch: Batch, values: Mapping[str, Tensor], nets: Nets, form: Form
 ) -> tuple[Tensor, Tensor]:
@@ -177,31 +176,35 @@ def factor_of_cells(
     """
     sd, mask = values["droplet_scatter"], batch.observed_mask.get("adt")
     found = proteins(batch, {**values, "droplet_factor": torch.zeros_like(values["z"][..., 0])}, nets, form)
-    background, log_fold = found.background, found.foreground.log_mean - found.background.log_mean
+    background, foreground = found.background, found.foreground
+    log_fold = foreground.log_mean - background.log_mean
     centre = width = torch.zeros_like(values["z"][..., 0])
     for _ in range(FACTOR_STEPS):
-        moved = ForegroundBackground(
-            background.log_mean + centre.unsqueeze(-1),
-            background.scatter,
-            log_fold,
-            found.logits,
-            background.dispersion,
-            found.foreground.dispersion,
-            validate_args=False,
-        )
-        present = moved.foreground_prob(batch.adt)
+        with torch.no_grad():
+            moved = ForegroundBackground(
+                background.log_mean + centre.unsqueeze(-1),
+                background.scatter,
+                log_fold,
+                found.logits,
+                background.dispersion,
+                foreground.dispersion,
+                validate_args=False,
+            )
+            present = moved.foreground_prob(batch.adt)
         level = background.log_mean + present * log_fold
-        dispersion = torch.lerp(background.dispersion, found.foreground.dispersion, present)
+        dispersion = torch.lerp(background.dispersion, foreground.dispersion, present)
         counts = ScatteredCounts(level, background.scatter, dispersion, validate_args=False)
         centre, width = factor_given(batch.adt, counts, sd, mask)
     return centre, width
 
 
-@torch.no_grad()
 def factor_given(
     y: Tensor, counts: ScatteredCounts, sd: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Place and width of a given counts, as if log(y + 1/2) were normal about its level at a = 0.
+
+    Gradients flow through the levels: with many proteins the counts fix the sum of level and factor alone,
+    and a factor that were held while the level moves, and followed it at the next step, would let both drift.
 
     Args:
         y: counts (droplet, protein).
@@ -209,9 +212,10 @@ def factor_given(
         sd: of a beforehand.
         mask: True where a protein was counted; None if all were.
     """
-    precision = 1 / (1 / (y + 0.5) + 1 / counts.dispersion + counts.scatter.square())
-    if mask is not None:
-        precision = precision * mask
+    with torch.no_grad():
+        precision = 1 / (1 / (y + 0.5) + 1 / counts.dispersion + counts.scatter.square())
+        if mask is not None:
+            precision = precision * mask
     total = precision.sum(-1) + sd.square().reciprocal()
     return (precision * ((y + 0.5).log() - counts.log_mean)).sum(-1) / total, total.rsqrt()
 

@@ -68,7 +68,7 @@ class Prior:
 
     dispersion_sd: float = 1.5  # ln; of the genes' inverse dispersions about 1
     ambient_sd: float = 0.5  # ln count; of the background level about the panel's
-    kappa: float = -0.5  # ln; a cell's background over that of an empty droplet, 0.6 in Mule et al.'s data
+    kappa: float = -0.5  # ln; a cell's background over that of an empty droplet (see docs/citeseq.md)
     kappa_sd: float = 0.5  # ln
     scatter: float = 0.5  # ln; half-normal scale of the background's scatter, and of the droplets' factor
     protein_dispersion: float = (
