@@ -105,8 +105,8 @@ class Layout:
         return sum(s.size for s in self.sites)
 
 
-def layout(bound: Bound, batch: Batch) -> Layout:
-    """Lay out the normal noise behind the local sites of a pair's guide."""
+def layout(bound: Bound, batch: Batch, most: int = MOST_DIMS) -> Layout:
+    """Lay out the normal noise behind the local sites of a pair's guide, at most so many numbers a row."""
     if not bound.amortised:
         return Layout(refusal="the guide is not amortised")
     if any(s.discrete for s in bound.sites):
@@ -133,8 +133,8 @@ def layout(bound: Bound, batch: Batch) -> Layout:
         if bound.local or global_module(bound) is None:
             return Layout(refusal="there is no latent per row, nor a joint normal of all globals")
         return Layout(row_dims=rows)
-    if start > MOST_DIMS:
-        return Layout(refusal=f"{start} latents per row are too many to integrate (at most {MOST_DIMS})")
+    if start > most:
+        return Layout(refusal=f"{start} latents per row are too many to integrate (at most {most})")
     return Layout(tuple(sites), tuple(dict.fromkeys(s.row_dim for s in sites)))
 
 
