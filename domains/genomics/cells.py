@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from domains.genomics.panels import Panel
+from domains.genomics.panels import Panel, Prior
 from scivi.errors import DataError, listed, missing_extra
 
 _CELLS = 20_000  # from which the modes of proteins are taken (our choice: a percent of a mode's sd)
@@ -61,46 +61,50 @@ def counts(
     """
     opened = _opened(data)
     faults: list[str] = []
-    modalities = getattr(opened, "mod", None)
+    modalities, places = getattr(opened, "mod", None), [protein, *([rna] if rna is not None else [])]
+    if len(set(places)) < len(places):
+        faults.append(f'protein and rna are both "{rna}"; give rna=None if there are proteins alone')
     if modalities is not None:
-        absent = [name for name in (protein, rna) if name is not None and name not in modalities]
-        if absent:
-            raise DataError(
-                f"the MuData has no modality {', '.join(map(repr, absent))}; it has {', '.join(modalities)}."
+        absent = [name for name in places if name not in modalities]
+        faults += [f'there is no modality "{n}"; there are {", ".join(modalities)}' for n in absent]
+        parts = [modalities[name] for name in places if name not in absent]
+        if any(list(each.obs_names) != list(opened.obs_names) for each in parts):
+            faults.append(
+                "the modalities hold different cells; take mdata[mdata.obs_names.intersection(...)]"
             )
-        proteins, genes = modalities[protein], modalities[rna] if rna is not None else None
-        adt, names = proteins.X, proteins.var_names
-        matrix, gene_names = (None, ()) if genes is None else (genes.X, genes.var_names)
-        for each in (proteins, genes):
-            if each is not None and list(each.obs_names) != list(opened.obs_names):
-                faults.append(
-                    "the modalities hold different cells; take mdata[mdata.obs_names.intersection(...)]"
-                )
-                break
+        found: list[tuple[Any, Sequence[str]]] = [(each.X, each.var_names) for each in parts]
     else:
-        adt, names = _matrix(opened, protein, faults, "protein")
-        matrix, gene_names = (None, ()) if rna is None else _matrix(opened, rna, faults, "rna")
-    if batch is not None and batch not in opened.obs:
-        faults.append(f'obs has no column "{batch}"; it has {", ".join(map(str, opened.obs.columns))}')
+        parts = []
+        found = [_matrix(opened, p, faults, w) for p, w in zip(places, ("protein", "rna"), strict=False)]
+    frame = next((f.obs for f in (opened, *parts) if batch in f.obs), opened.obs)
+    if batch is not None and batch not in frame:
+        faults.append(f'obs has no column "{batch}"; it has {", ".join(map(str, frame.columns))}')
+    elif batch is not None and frame[batch].isna().any():
+        faults.append(f'obs "{batch}" is missing for {int(frame[batch].isna().sum())} of {len(frame)} cells')
     if faults:
         raise DataError(listed("the counts cannot be read:", dict.fromkeys(faults)))
+    (adt, names), (matrix, gene_names) = [*found, (None, ())][:2]
     dense = np.asarray(adt.toarray() if hasattr(adt, "toarray") else adt, dtype=np.float32).copy()
     if missing is not None:
         dense[dense == missing] = np.nan
-    words = np.asarray(opened.obs[batch].astype(str)) if batch is not None else np.full(len(dense), "1")
+    words = np.asarray(frame[batch].astype(str)) if batch is not None else np.full(len(dense), "1")
     cells = np.asarray(opened.obs_names, dtype=str)
     return Counts(dense, tuple(map(str, names)), cells, words, matrix, tuple(map(str, gene_names)))
 
 
 def _opened(data: Any) -> Any:
     if not isinstance(data, str) and not hasattr(data, "__fspath__"):
+        if not (hasattr(data, "obs_names") and (hasattr(data, "mod") or hasattr(data, "obsm"))):
+            raise DataError(f"counts are read from an AnnData or a MuData, not a {type(data).__name__}.")
         return data
     if str(data).endswith(".h5mu"):
         try:
             import mudata
         except ImportError:
             raise missing_extra("mudata", "cells") from None
-        return mudata.read_h5mu(data)
+        with warnings.catch_warnings():  # of what will change in mudata 0.4
+            warnings.simplefilter("ignore", FutureWarning)
+            return mudata.read_h5mu(data)
     import anndata
 
     try:
@@ -112,6 +116,8 @@ def _opened(data: Any) -> Any:
 def _matrix(adata: Any, place: str, faults: list[str], what: str) -> tuple[Any, Sequence[str]]:
     """A matrix of an AnnData and the names of its columns."""
     if place == "X":
+        if adata.X is None:
+            faults.append(f"{what}: there is no X")
         return adata.X, adata.var_names
     if place.startswith("layers/"):
         key = place.removeprefix("layers/")
@@ -151,6 +157,8 @@ def table(
         "batch": (("cell",), found.batch),
     }
     if panel.log_fractions:
+        if found.rna is None:
+            raise DataError("the template reads RNA, and these cells have none. Say where it is: rna=...")
         rna, names = found.rna, tuple(genes) or found.genes
         if names != found.genes:
             rna = _taken(found, names)
@@ -210,10 +218,11 @@ def panel(found: Counts, empties: Counts | None = None, *, isotypes: Sequence[st
     low, high, share = np.array([_modes(column) for column in found.adt.T]).T
     ambient = np.empty((len(batches), len(found.proteins)))
     for k, name in enumerate(batches):
-        ambient[k] = low
+        ambient[k] = low if empties is None else low - Prior().kappa  # cells see less than empties
         if empties is not None and (empties.batch == name).any():
             counted = _aligned(empties, found.proteins)[empties.batch == name]
-            ambient[k] = np.log(_means(counted) + 0.1)
+            told = np.isfinite(counted).any(0)
+            ambient[k, told] = np.log(_means(counted[:, told]) + 0.1)
         elif empties is None and len(batches) > 1:
             own = found.adt[found.batch == name]
             ambient[k] = [
@@ -233,7 +242,7 @@ def panel(found: Counts, empties: Counts | None = None, *, isotypes: Sequence[st
 
 
 def _means(counted: np.ndarray) -> np.ndarray:
-    present = np.isfinite(counted)
+    present = counted >= 0  # neither missing nor, untold, -1
     return np.where(present, counted, 0.0).sum(0) / np.maximum(present.sum(0), 1)
 
 
@@ -241,12 +250,15 @@ def _modes(column: np.ndarray) -> tuple[float, float, float]:
     """Log counts of the low and the high mode of a protein, and the share of cells in the high one."""
     from scipy.cluster.vq import kmeans2
 
-    present = column[np.isfinite(column)]
+    present = column[column >= 0]  # neither missing nor, untold, -1: the data's check tells
     logs = np.log1p(present[:: max(1, len(present) // _CELLS)].astype(float))
     if len(np.unique(logs)) < 2:
         level = float(np.log(np.expm1(logs.mean()) + 0.1)) if len(logs) else 0.0
         return level, level + 1.0, _LEAST_SHARE
-    centres, of = kmeans2(logs[:, None], np.quantile(logs, [[0.1], [0.9]]), minit="matrix", missing="raise")
+    start = np.quantile(logs, [[0.1], [0.9]])
+    if start[0] == start[1]:  # nearly all are alike
+        start = np.array([[logs.min()], [logs.max()]])
+    centres, of = kmeans2(logs[:, None], start, minit="matrix", missing="raise")
     low, high = np.log(np.expm1(np.sort(centres.ravel())) + 0.1)
     share = float((of == centres.ravel().argmax()).mean())
     return float(low), float(high), float(np.clip(share, _LEAST_SHARE, 1 - _LEAST_SHARE))
@@ -257,4 +269,5 @@ def _log_fractions(rna: Any) -> np.ndarray:
     total = np.zeros(rna.shape[1])
     for start in range(0, rna.shape[0], _ROWS):
         total += np.asarray(rna[start : start + _ROWS].sum(0)).ravel()
+    total = np.maximum(np.nan_to_num(total), 0.0)  # what is no count is told by the data's check
     return np.log((total + 1) / (total + 1).sum())

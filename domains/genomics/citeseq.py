@@ -302,7 +302,7 @@ def make(
         )
         fields["empty_batch"] = Field(("droplet",), doc="of the empty droplet", **words)
     if form.has_rna:
-        fields["rna"] = Field(("cell", "gene"), "observed", counts, "count", "RNA counts")
+        fields["rna"] = Field(("cell", "gene"), "observed", counts, "count", "RNA counts", gaps=False)
         dims["log_theta"] = ("gene",)
     dims |= {"z": ("cell", "latent"), "droplet_factor": ("cell",)}
     dims |= dict.fromkeys(("foreground", "log_background", "denoised"), ("cell", "protein"))

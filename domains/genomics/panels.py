@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
+
+from scivi.errors import TemplateError, listed
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,30 @@ class Panel:
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Panel:
         """From what ``to_dict`` gave, or JSON made of it."""
-        plain = {f.name: table[f.name] for f in fields(cls) if f.name in table}
+        names = [f.name for f in fields(cls)]
+        faults = [f'there is no "{n}" in a panel' for n in table if n not in names]
+        faults += [
+            f'"{f.name}" is missing' for f in fields(cls) if f.default is MISSING and f.name not in table
+        ]
+        if faults:
+            raise TemplateError(listed("the panel cannot be read:", faults))
+        plain = {name: table[name] for name in names if name in table}
         return cls(**{name: _tuples(value) for name, value in plain.items()})
 
     def faults(self) -> list[str]:
         """What cannot be right in it."""
         k, t = len(self.batches), len(self.proteins)
         shapes = {
-            "log_ambient": (len(self.log_ambient), len(self.log_ambient[0]) if self.log_ambient else 0)
-            == (k, t),
+            "log_ambient": [len(row) for row in self.log_ambient] == [t] * k,
             "log_fold": len(self.log_fold) == t,
             "share": len(self.share) == t and all(0 < s < 1 for s in self.share),
         }
         faults = [
             f"{name} does not fit {k} batches and {t} proteins" for name, fits in shapes.items() if not fits
         ]
+        levels = {"log_ambient": sum(self.log_ambient, ()), "log_fold": self.log_fold}
+        levels["log_fractions"] = self.log_fractions
+        faults += [f"{name} is not finite" for name, v in levels.items() if not all(map(math.isfinite, v))]
         for what, names in (("proteins", self.proteins), ("batches", self.batches)):
             if len(set(names)) < len(names) or not names:
                 faults.append(f"the names of the {what} must be different, and there must be one")

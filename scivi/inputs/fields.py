@@ -31,6 +31,7 @@ class Field:
         labels: the words that its entries may be, if they are words: text, categories, or whole numbers so
             written. The model sees their places (0, 1, ...).
         at_most: name of another field with the same dims, above which no entry of this one may be.
+        gaps: whether entries of an observed field may be missing.
     """
 
     dims: tuple[str, ...]
@@ -41,6 +42,7 @@ class Field:
     default: float | str | None = None
     labels: tuple[str, ...] = ()
     at_most: str = ""
+    gaps: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", (self.dims,) if isinstance(self.dims, str) else tuple(self.dims))
@@ -137,7 +139,7 @@ def describe_support(support: constraints.Constraint) -> str:
 def outside_support(values: np.ndarray, field: Field) -> np.ndarray:
     """Boolean array, True where an entry that is present breaks the field's support.
 
-    Missing entries (NaN) are allowed in observed fields only, and are never reported here for those.
+    Missing entries (NaN) are allowed in observed fields that may have gaps, and never reported for those.
     """
     if values.dtype.kind in "biu" and isinstance(field.support, _WHOLE) and values.size:
         low, high = field.support.lower_bound, getattr(field.support, "upper_bound", np.inf)
@@ -148,7 +150,7 @@ def outside_support(values: np.ndarray, field: Field) -> np.ndarray:
     inside = field.support.check(torch.from_numpy(np.where(missing, field.feasible, values))).numpy()
     inside = inside.reshape(inside.shape + (1,) * (values.ndim - inside.ndim))  # supports of whole vectors
     bad = ~(inside & np.isfinite(values)) & ~missing
-    return bad | missing if field.role == "given" else bad
+    return bad if field.role == "observed" and field.gaps else bad | missing
 
 
 def check_fields(fields: Mapping[str, Field]) -> list[str]:
@@ -254,7 +256,8 @@ class Tally:
             )
         if self.missing:
             what = f'field "{self.name}": {self.missing} {of} missing; the first {self.first["missing"]}.'
-            faults.append(f"{what} A given field may not have missing entries.")
+            why = "A given field" if self.field.role == "given" else "This field"
+            faults.append(f"{what} {why} may not have missing entries.")
         if self.above:
             what = f'field "{self.name}": {self.above} {of} above field "{self.field.at_most}"'
             faults.append(f"{what}; the first is {self.first['above']}.")

@@ -236,7 +236,12 @@ def open_source(
         faults += validate({n: source.whole(n) for n in common}, source.coords)
     told = [d for d in rows if d in labels and (distinct or found[d] <= _MOST_LABELS)]
     repeated = [fault for d in told if (fault := _repeated(d, labels[d]))]
-    raise_faults([*matching.faults, *faults, *(repeated if distinct else [])], name)
+    other = [
+        f'there are {c.shape[0]} labels of dim "{d}", which has {found[d]} entries.'
+        for d, c in labels.items()
+        if c.shape[0] != found[d] and d not in matching.unsized
+    ]
+    raise_faults([*matching.faults, *other, *faults, *(repeated if distinct else [])], name)
     for fault in repeated:
         warnings.warn(fault, stacklevel=3)
     nbytes = 4 * sum(math.prod(found[d] for d in f.dims) for f in fields.values())

@@ -15,8 +15,8 @@ from torch.nn.functional import logsigmoid
 
 from scivi.models.counts import log_negative_binomial
 
-NODES = 11  # of Gauss and Hermite, placed where the integrand lies: .006 nats where p > e^-15 (tests)
-_GRID, _REACH = 25, 5.0  # points of t's posterior, and how many sd they reach (our choice)
+NODES = 11  # of Gauss and Hermite, placed where the integrand lies: .007 nats where p > e^-15 (tests)
+_GRID, _REACH = 33, 5.0  # points of t's posterior, and how many sd they reach (our choice)
 
 
 class ScatteredCounts(TorchDistribution):
@@ -93,8 +93,13 @@ class ScatteredCounts(TorchDistribution):
         mass = mass / mass[..., -1:]
         u = torch.rand_like(mass[..., :1])
         right = torch.searchsorted(mass, u).clamp(1, _GRID - 1)
-        (low, t_low), (high, t_high) = ([x.gather(-1, at) for x in (mass, t)] for at in (right - 1, right))
+        (low, t_low, d_low), (high, t_high, d_high) = (
+            [x.gather(-1, at) for x in (mass, t, density)] for at in (right - 1, right)
+        )
         share = ((u - low) / (high - low).clamp_min(torch.finfo(u.dtype).tiny)).clamp(0.0, 1.0)
+        # of a density that is linear between the points
+        root = (d_low.square() + share * (d_high.square() - d_low.square())).sqrt()
+        share = share * (d_low + d_high) / (d_low + root).clamp_min(torch.finfo(u.dtype).tiny)
         return self.scatter * (t_low + share * (t_high - t_low)).squeeze(-1)
 
     def _level(self, t: Tensor) -> Tensor:

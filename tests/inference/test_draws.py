@@ -17,6 +17,7 @@ from torch import nn
 from scivi.errors import DataError, TemplateError, Unsupported
 from scivi.inference import draws as draws_module
 from scivi.inference.draws import draw, predict
+from scivi.inference.gather import rows_at_once
 from scivi.inference.loop import fit
 from scivi.inference.simulate import simulate
 from scivi.inference.state import Fit, load, save
@@ -423,3 +424,141 @@ def _known_sd(batch):
     mu = pyro.sample("mu", dist.Normal(batch.y.new_tensor(0.0), 1.0))
     with batch.plate("row"):
         batch.observe("y", dist.Normal(mu, batch.sd))
+
+
+def with_residual(counted: list[int]) -> Template:
+    """The hierarchy that also reports rows less their places, and a shift of mu by two bands."""
+
+    def derive(batch, prior, nets, values):
+        counted.append(1)
+        shift = torch.tensor([0.0, 1.0]).to(batch.y)
+        return {"residual": batch.y - values["z"], "shifted": values["mu"] + shift}
+
+    dims = {"mu": (), "z": ("row",), "residual": ("row",), "shifted": ("band",)}
+    return replace(hierarchy(), derive=derive, dims=dims, sizes={"band": 2}, units={"residual": "mag"})
+
+
+@pytest.mark.parametrize("ending", [None, "zarr"])
+def test_derived_values_are_reported_beside_the_sites(tmp_path, monkeypatch, ending):
+    done = fit(with_residual([]), LABELLED, QUICK, progress=False)
+    monkeypatch.setattr("scivi.inference.gather.AT_ONCE", 40)  # four rows at a time
+    tree = predict(done, LABELLED, 10, seed=2, to=tmp_path / f"draws.{ending}" if ending else None)
+    posterior = tree.posterior
+    assert posterior.residual.dims == ("chain", "draw", "row")
+    assert posterior.residual["row"].values.tolist() == [f"star {k}" for k in range(N)]
+    assert posterior.residual.attrs["units"] == "mag"
+    # in float64, what was drawn and what was derived of it are of the same draw
+    np.testing.assert_allclose(posterior.residual, DATA["y"] - posterior.z, rtol=0, atol=1e-12)
+    assert posterior.shifted.dims == ("chain", "draw", "band")
+    np.testing.assert_allclose(posterior.shifted, posterior.mu.values[..., None] + [0.0, 1.0], atol=1e-12)
+    assert set(tree.prior.data_vars) == {"mu"}  # what is derived is derived of a posterior
+    _, truth = simulate(with_residual([]), {"row": 5})
+    assert set(truth.data_vars) == {"mu", "z"}
+
+
+def test_a_template_that_derives_draws_what_it_would_without():
+    one, two = (fit(t, LABELLED, QUICK, progress=False) for t in (with_residual([]), hierarchy()))
+    one, two = (draw(f, LABELLED, 5, seed=2) for f in (one, two))
+    for group in ("sample_stats", "log_likelihood"):
+        xr.testing.assert_equal(one[group].to_dataset(), two[group].to_dataset())
+    xr.testing.assert_equal(one.posterior.to_dataset()[["mu", "z"]], two.posterior.to_dataset())
+
+
+def test_nothing_is_derived_while_fitting():
+    """Once, on the example, when the template is bound; then once for each chunk that is drawn."""
+    counted, calls = [], []
+    for steps in (2, 30):
+        done = fit(with_residual(counted), LABELLED, replace(QUICK, steps=steps), progress=False)
+        calls.append(len(counted))
+        counted.clear()
+    assert calls == [1, 1]
+    draw(done, LABELLED, 5)
+    assert len(counted) == 1
+
+
+def test_a_name_that_is_neither_site_nor_derived_is_told():
+    template = replace(with_residual([]), dims={"mu": (), "z": ("row",), "excess": ("row",)}, units={})
+    with pytest.raises(TemplateError, match='dims lists "excess", but the model has no such site'):
+        fit(template, LABELLED, QUICK, progress=False)
+
+
+def test_a_derived_value_of_another_shape_is_told():
+    template = replace(
+        with_residual([]), derive=lambda batch, prior, nets, values: {"residual": values["z"][..., :3]},
+        dims={"mu": (), "z": ("row",), "residual": ("row",)},
+    )  # fmt: skip
+    done = fit(template, LABELLED, QUICK, progress=False)
+    with pytest.raises(TemplateError, match=r'site "residual" has shape \(4, 3\) over 4 draws, which is not'):
+        draw(done, LABELLED, 4)
+
+
+def two_plates_model(batch, prior, nets):
+    mu = pyro.sample("mu", dist.Normal(batch.y.new_tensor(0.0), PRIOR))
+    with batch.plate("row"):
+        z = pyro.sample("z", dist.Normal(mu, SPREAD))
+        batch.observe("y", dist.Normal(z, NOISE))
+    with batch.plate("other"):
+        w = pyro.sample("w", dist.Normal(mu, SPREAD))
+        batch.observe("v", dist.Normal(w.unsqueeze(-1) + batch.v.new_zeros(2), NOISE).to_event(1))
+
+
+def two_plates_guide(batch, prior, nets):
+    """Given mu the rows' factors are exact."""
+    mu = nets.globals(batch)["mu"]
+    with batch.plate("row"):
+        pyro.sample("z", dist.Normal(SHRINK * batch.y + (1 - SHRINK) * mu, ROW_SD))
+    with batch.plate("other"):
+        precision = 1 / SPREAD**2 + 2 / NOISE**2
+        mean = (mu / SPREAD**2 + batch.v.sum(-1) / NOISE**2) / precision
+        pyro.sample("w", dist.Normal(mean, precision**-0.5))
+
+
+TWO_PLATES = Template(
+    name="two plates",
+    fields={"y": Field(("row",), "observed"), "v": Field(("other", "pair"), "observed")},
+    rows=("row", "other"),
+    model=two_plates_model,
+    guide=two_plates_guide,
+    nets=lambda sizes, prior: conjugate.Amortised(*EXACT),
+    dims={"mu": (), "z": ("row",)},
+)
+
+
+@pytest.mark.parametrize("at_once", [2**20, 40, 10])
+def test_rows_along_a_second_dim_are_walked_in_chunks_of_their_own(at_once, monkeypatch):
+    """lp less log_q is log p(mu) p(y, v | mu) / q(mu), with z and w integrated in closed form."""
+    rng = np.random.default_rng(0)
+    y, v = DATA["y"], 0.7 + rng.normal(size=(23, 2))
+    data = {"y": (("row",), y), "v": (("other", "pair"), v)}
+    done = fit(TWO_PLATES, data, QUICK, progress=False)
+    monkeypatch.setattr("scivi.inference.gather.AT_ONCE", at_once)  # all, four or one at a time
+    tree = predict(done, data, 10, seed=2)
+    mu, nets = tree.posterior.mu.values[0], done.bound.nets.own
+    guide = stats.norm(float(nets.globals.loc), float(nets.globals.log_diag.exp())).logpdf(mu)
+    of_rows = stats.norm(mu[:, None], (SPREAD**2 + NOISE**2) ** 0.5).logpdf(y).sum(1)
+    together = NOISE**2 * np.eye(2) + SPREAD**2
+    of_others = np.array([stats.multivariate_normal([m, m], together).logpdf(v).sum() for m in mu])
+    truth = stats.norm(0, PRIOR).logpdf(mu) + of_rows + of_others - guide
+    found = tree.sample_stats.lp - tree.sample_stats.log_q
+    np.testing.assert_allclose(found.values[0], truth, rtol=1e-9)
+    assert set(tree.posterior.data_vars) == {"mu", "z"}
+    assert list(tree.log_likelihood.data_vars) == list(tree.posterior_predictive.data_vars) == ["y"]
+    assert list(tree.observed_data.data_vars) == ["y"]
+    assert "other" not in tree.posterior.dims
+
+
+def test_draws_of_a_second_dim_follow_the_seed_and_the_globals_of_the_first(monkeypatch):
+    data = {"y": (("row",), DATA["y"]), "v": (("other", "pair"), np.zeros((23, 2)))}
+    done = fit(TWO_PLATES, data, QUICK, progress=False)
+    monkeypatch.setattr("scivi.inference.gather.AT_ONCE", 40)
+    one, two, other = (draw(done, data, 10, seed=s) for s in (2, 2, 3))
+    xr.testing.assert_equal(one.sample_stats.to_dataset(), two.sample_stats.to_dataset())
+    assert not np.array_equal(one.sample_stats.lp, other.sample_stats.lp)
+
+
+def test_rows_with_many_entries_are_taken_fewer_at_a_time(monkeypatch):
+    data = {"y": (("row",), DATA["y"]), "v": (("other", "pair"), np.zeros((23, 2)))}
+    bound = fit(TWO_PLATES, data, QUICK, progress=False).bound
+    monkeypatch.setattr("scivi.inference.gather.ENTRIES_AT_ONCE", 100)
+    assert (rows_at_once(bound, "row", 10), rows_at_once(bound, "other", 10)) == (10, 5)
+    assert rows_at_once(bound, "other", 1000) == 1

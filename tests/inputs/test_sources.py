@@ -635,3 +635,60 @@ def test_a_real_annotated_table_is_read_from_disk_as_in_memory():
     disk, memory = (opened(data, fields, ("droplet",)) for data in (path, anndata.read_h5ad(path)))
     assert disk.fingerprint == memory.fingerprint
     assert disk.coords["protein"].tolist() == memory.coords["protein"].tolist()
+
+
+HOLDERS = ("csr", "csc", "csr array", "csr on disk", "dense on disk")
+
+
+def held(counts: np.ndarray, how: str, path: Path):
+    """A matrix as scipy holds it, or as the X of a backed AnnData."""
+    match how.split():
+        case ["csr", "array"]:
+            return sparse.csr_array(counts)
+        case [form]:
+            return {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix}[form](counts)
+        case [form, *_]:
+            x = counts if form == "dense" else held(counts, form, path)
+            anndata.AnnData(x).write_h5ad(path)
+            return anndata.read_h5ad(path, backed="r").X
+
+
+@pytest.mark.parametrize("how", HOLDERS)
+def test_a_dict_of_arrays_may_hold_sparse_matrices_and_those_on_disk(how, truth, tmp_path):
+    arrays = {name: (FIELDS[name].dims, values) for name, values in truth.items()}
+    labels = {
+        "cell": (("cell",), np.array([f"c{k}" for k in range(N_CELLS)])),
+        "gene": (["gene"], list("abcdef")),
+    }
+    counts = held(truth["counts"], how, tmp_path / "table.h5ad")
+    source = opened({**arrays, **labels, "counts": (("cell", "gene"), counts)})
+    assert source.fingerprint == opened(truth).fingerprint
+    rows = np.array([17, 2, 39, 2, 0])
+    np.testing.assert_array_equal(source.read({"cell": rows})["counts"], truth["counts"][rows])
+    assert source.coords["cell"][[0, 39]].tolist() == ["c0", "c39"]
+    assert source.coords["gene"].tolist() == list("abcdef")
+    assert source.coords["protein"].tolist() == [0, 1, 2]
+    # sparse rows are read without making the matrix dense
+    assert (source.columns["counts"].sparse is not None) == (how != "dense on disk")
+
+
+def test_a_matrix_on_disk_that_is_compressed_across_its_rows_is_refused(truth, tmp_path):
+    arrays = {name: (FIELDS[name].dims, values) for name, values in truth.items()}
+    counts = held(truth["counts"], "csc on disk", tmp_path / "table.h5ad")
+    with pytest.raises(DataError, match='field "counts" is compressed across "cell" on disk'):
+        opened({**arrays, "counts": (("cell", "gene"), counts)})
+
+
+def test_labels_of_a_dict_are_the_entry_with_the_name_of_its_dim():
+    fields = {"row": Field(("row",), "observed"), "sd": Field(("row",), support=constraints.positive)}
+    source = open_source({"row": (("row",), [3.0, 1.0, 2.0]), "sd": (("row",), np.ones(3))}, fields, ("row",))
+    assert source.coords["row"].tolist() == source.read({})["row"].tolist() == [3.0, 1.0, 2.0]
+    other = {"y": (("row",), np.zeros(3)), "band": (("row",), np.arange(3.0))}  # a column like any other
+    source = open_source(other, {"y": Field(("row",), "observed")}, ("row",))
+    assert source.coords["row"].tolist() == [0, 1, 2]
+
+
+def test_labels_of_a_dict_must_be_as_many_as_the_entries():
+    short = {"cell": (("cell",), ["a", "b"]), "y": (("cell",), np.zeros(3))}
+    with pytest.raises(DataError, match="cell"):
+        open_source(short, {"y": Field(("cell",), "observed")}, ("cell",))

@@ -119,3 +119,20 @@ def test_settings_of_a_maker_are_such_as_json_holds():
             TemplateError, match='made: the settings of "here:make" must be such as JSON holds'
         ):
             made(made=("here:make", settings))
+
+
+def test_a_site_along_a_second_row_dim_is_refused():
+    """Only rows of the first are reported."""
+    fields = {**FIELDS, "v": Field(("other",), "observed")}
+    with pytest.raises(TemplateError, match='site "w" lies along "other": only the first row dim, "row"'):
+        made(fields=fields, rows=("row", "other"), dims={"mu": (), "w": ("other",)})
+    told = made(fields=fields, rows=("row", "other")).told
+    assert set(told) == {"y", "sd"}
+
+
+def test_a_field_of_several_dims_is_not_named_as_one_of_them():
+    with pytest.raises(
+        TemplateError, match='field "band" has the name of one of its dims, where labels stand'
+    ):
+        made(fields={"band": Field(("row", "band"), "observed")})
+    made(fields={"row": Field(("row",), "observed")})

@@ -31,7 +31,8 @@ def simulator() -> Any:
     if not TOOL.exists():
         pytest.skip("the simulation and its scores lie outside of the repository, and are not here")
     spec = importlib.util.spec_from_file_location("citeseq_sim", TOOL)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
