@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import scivi
 from domains.genomics import citeseq
@@ -38,14 +39,26 @@ def simulator() -> Any:
     return module
 
 
+def area_under_roc(score: np.ndarray, true: np.ndarray) -> float:
+    """Chance that a true entry scores higher than another."""
+    u = stats.mannwhitneyu(score[true], score[~true]).statistic
+    return float(u / (true.sum() * (~true).sum()))
+
+
+def calibration_error(prob: np.ndarray, true: np.ndarray, bins: int = 10) -> float:
+    """Mean distance between what is said and what is so, in bins of what is said."""
+    at = np.clip((prob * bins).astype(int), 0, bins - 1)
+    parts = [at == k for k in range(bins) if (at == k).any()]
+    return float(sum(part.mean() * abs(prob[part].mean() - true[part].mean()) for part in parts))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_citeseq_sim_calls_foreground_and_gives_the_background_with_its_error():
     """2,000 cells, 24 proteins: a fifth of them stand but twofold above the background.
 
-    The bars are those of the issue that asked for this template. With the truth known a classifier reaches an
-    area of .977, a mixture for each protein by itself .868. The scores are of 48,000 pairs of cell and
-    protein, so their own errors are below .003.
+    Who knows all but the foreground itself reaches an area of .977, a mixture for each protein by
+    itself .868. The scores are of 40,000 pairs of cell and protein, so their own errors are below .003.
     """
     sim = simulator()
     both = sim.simulate(0)
@@ -58,16 +71,17 @@ def test_citeseq_sim_calls_foreground_and_gives_the_background_with_its_error():
     posterior = scivi.draw(fit, table, 200)["posterior"].to_dataset()
     foreground = posterior["foreground"].mean(("chain", "draw")).values
     low, median, high = np.exp(np.quantile(posterior["log_background"].values[0], [0.05, 0.5, 0.95], axis=0))
-    true_rate = cells.obsm["true_bg_rate"]
-    scores = sim.score(
-        foreground, cells.obsm["true_fg"], median, low, high, true_rate, np.asarray(truth["isotype"])
-    )
-    assert scores["auroc_mean"] >= 0.94
-    assert scores["brier"] <= 0.05
-    assert scores["ece10"] <= 0.02
-    assert scores["isotype_false_fg"] <= 0.01
-    assert scores["bg_log_rmse"] <= 0.35
-    assert 0.85 <= scores["bg_cover90"] <= 0.95
+    carried, is_isotype = cells.obsm["true_fg"], np.asarray(truth["isotype"])
+    both_kinds = [t for t in range(len(names)) if 0 < carried[:, t].mean() < 1]
+    assert np.mean([area_under_roc(foreground[:, t], carried[:, t]) for t in both_kinds]) >= 0.94
+    called, true = foreground[:, both_kinds].ravel(), carried[:, both_kinds].ravel()
+    assert np.mean((called - true) ** 2) <= 0.05
+    assert calibration_error(called, true) <= 0.02
+    assert (foreground[:, is_isotype] > 0.5).mean() <= 0.01
+    log_rate = np.log(cells.obsm["true_bg_rate"])
+    assert np.sqrt(np.mean((np.log(median) - log_rate) ** 2)) <= 0.35
+    inside = (np.log(low) <= log_rate) & (log_rate <= np.log(high))
+    assert 0.85 <= inside.mean() <= 0.95
     kappa = np.exp(posterior["log_kappa"].values).ravel()
     assert abs(np.log(np.median(kappa) / truth["kappa"])) < 0.1
     scatter = posterior["droplet_scatter"].values
