@@ -24,6 +24,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+from citeseq_vs_totalvi import PLAN
 from record import use_threads, write_json
 
 import scivi
@@ -32,17 +33,6 @@ from domains.genomics import cells, citeseq
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "../shared/data/citeseq/dsb_pbmc_87ab_cells_and_empty.h5ad"
 HELD_OUT, DRAWS = 0.3, 100
-PLAN: dict[str, Any] = {
-    "rows_per_batch": 128,
-    "steps": 450,
-    "lr": 8e-3,
-    "warmup": 0.15,
-    "decay": 0.85,
-    "kl_warmup": 135,
-    "beta_start": 0.1,
-    "stop": None,
-    "compile": "off",
-}
 
 
 def held_out(train: Any, test: Any, seed: int, **options: Any) -> tuple[np.ndarray, Any]:

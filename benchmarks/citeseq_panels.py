@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from citeseq_scores import Cells, read
+from citeseq_vs_totalvi import PLAN
 from record import use_threads, write_json
 from scipy.stats import spearmanr
 
@@ -33,17 +34,6 @@ from domains.genomics import citeseq, expression
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "../shared/data/citeseq/pbmc10k_citeseq.h5ad"
 HIDDEN, SHARED, DRAWS = 4, 8, 50
-PLAN: dict[str, Any] = {
-    "rows_per_batch": 128,
-    "steps": 450,
-    "lr": 8e-3,
-    "warmup": 0.15,
-    "decay": 0.85,
-    "kl_warmup": 135,
-    "beta_start": 0.1,
-    "stop": None,
-    "compile": "off",
-}
 
 
 def imputed_by_us(adata: Any, blind: np.ndarray, hidden: list[str], seed: int) -> np.ndarray:

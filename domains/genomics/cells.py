@@ -269,5 +269,5 @@ def _log_fractions(rna: Any) -> np.ndarray:
     total = np.zeros(rna.shape[1])
     for start in range(0, rna.shape[0], _ROWS):
         total += np.asarray(rna[start : start + _ROWS].sum(0)).ravel()
-    total = np.maximum(np.nan_to_num(total), 0.0)  # what is no count is told by the data's check
+    total[~(np.isfinite(total) & (total > 0))] = 0.0  # what is no count is told by the data's check
     return np.log((total + 1) / (total + 1).sum())

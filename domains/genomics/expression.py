@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import xarray as xr
 
+from domains.genomics.citeseq import form_of
 from domains.genomics.panels import Form
 from scivi.errors import DataError
-from scivi.models import Template
 
 _PAIRS_AT_ONCE = 256  # pairs of cells whose genes are held at once (our choice: a few tens of MB)
 _LEAST_FRACTION = 1e-5  # added to a gene's share before logs (our choice: a tenth of a count in ten thousand)
@@ -35,7 +35,7 @@ def expression(
     Raises:
         DataError: a gene or a batch that the fit does not know.
     """
-    nets, form = fit.nets.own, _form(fit.template)
+    nets, form = fit.nets.own, form_of(fit.template)
     names = [str(g) for g in fit.coords["gene"]]
     wanted = names if genes is None else [str(g) for g in genes]
     if absent := [g for g in wanted if g not in names]:
@@ -92,7 +92,7 @@ def differential_genes(
     References:
         Boyeau et al. 2023, PNAS 120, e2209124120, doi:10.1073/pnas.2209124120.
     """
-    form, nets = _form(fit.template), fit.nets.own
+    form, nets = form_of(fit.template), fit.nets.own
     posterior = result["posterior"].to_dataset().stack(sample_=("chain", "draw"))
     z = posterior["z"].transpose("sample_", "cell", "latent").values
     places = _places(result, form, None)
@@ -228,10 +228,6 @@ def _cells(result: xr.DataTree) -> np.ndarray:
 def _mean_state(result: xr.DataTree) -> np.ndarray:
     mean = result["posterior"].to_dataset()["z"].mean(("chain", "draw"))
     return mean.transpose("cell", "latent").values
-
-
-def _form(template: Template) -> Form:
-    return template.model.keywords["form"]  # type: ignore[union-attr]
 
 
 def _places(result: xr.DataTree, form: Form, batch: str | None) -> torch.Tensor:

@@ -31,7 +31,7 @@ from scivi.inference.refine import Refined, refine_rows
 from scivi.inference.scores import Placed, particle_plate, quiet
 from scivi.inference.state import Fit
 from scivi.inference.trees import SAMPLED, Named, Pieces, plain_labels, units_of
-from scivi.inputs.batches import Batch, chunks, make_batch
+from scivi.inputs.batches import Batch, chunks, read_batch
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.sites import row_dim_of, sample_sites
 
@@ -172,18 +172,8 @@ def _chunks(fits: Sequence[Fit], source: Any, draws: int, row: str) -> Iterator[
     others = {d: np.arange(1) for d in template.row_dims if d != row and source.sizes[d] > 1}
     for start in range(0, n, size):
         index = others if size >= n else {**others, row: np.arange(start, min(n, start + size))}
-        yield (
-            slice(start, min(n, start + size)),
-            make_batch(
-                source.read(index),
-                template.fields,
-                source.sizes,
-                template.row_dims,
-                index,
-                some.device,
-                some.dtype,
-            ),
-        )
+        batch = read_batch(source, template.fields, template.row_dims, index, some)
+        yield slice(start, min(n, start + size)), batch
 
 
 def _stacked(found: Sequence[Groups]) -> Groups:

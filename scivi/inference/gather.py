@@ -21,9 +21,7 @@ from scivi.models.sites import plates_of, row_dim_of, sample_sites, value_of
 from scivi.models.template import Template
 
 AT_ONCE = 2**20  # draws x rows held at once (our choice: a few hundred MB with a dozen sites)
-ENTRIES_AT_ONCE = (
-    2**21
-)  # draws x rows x entries of a row held at once (our choice: 8 MB, some tens with nodes)
+ENTRIES_AT_ONCE = 2**21  # draws x rows x entries of a row, likewise (our choice: 8 MB a tensor)
 
 
 def rows_at_once(bound: Bound, row: str, draws: int) -> int:

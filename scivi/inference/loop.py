@@ -32,7 +32,7 @@ from scivi.inference.state import Fit, State, freeze, load_state, new_state, sav
 from scivi.inference.step import diagnose, is_finite, read_window, signal_to_noise
 from scivi.inference.stepper import stepper_for
 from scivi.inference.trees import plain_labels
-from scivi.inputs.batches import Batch, chunks, make_batch
+from scivi.inputs.batches import Batch, chunks, read_batch
 from scivi.inputs.feed import Feed
 from scivi.inputs.sources import open_source
 from scivi.models.binding import Bound, bind, stream_seed
@@ -310,15 +310,7 @@ def _spread_rows(source: Any, bound: Bound, most: int) -> Callable[[int], Iterat
         for start in range(0, count, size):
             places = np.arange(start, min(count, start + size))
             index = {first: places if count == n else places * (n - 1) // max(1, count - 1)}
-            yield make_batch(
-                source.read(index),
-                template.fields,
-                source.sizes,
-                template.row_dims,
-                index,
-                some.device,
-                some.dtype,
-            )
+            yield read_batch(source, template.fields, template.row_dims, index, some)
 
     return passes
 

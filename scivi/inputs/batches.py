@@ -144,6 +144,17 @@ def make_batch(
     return Batch(values, masks, dict(sizes), rows, places)
 
 
+def read_batch(
+    source: Source,
+    fields: Mapping[str, Field],
+    rows: tuple[str, ...],
+    index: Mapping[str, np.ndarray],
+    like: Tensor,
+) -> Batch:
+    """Some rows of a source as a ``Batch`` on the device, and in the dtype, of a tensor."""
+    return make_batch(source.read(index), fields, source.sizes, rows, index, like.device, like.dtype)
+
+
 def take(batch: Batch, index: Mapping[str, Tensor], fields: Mapping[str, Field]) -> Batch:
     """The rows ``index`` of a batch that holds them at those places."""
 
