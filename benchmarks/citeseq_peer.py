@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ from scvi import REGISTRY_KEYS
 from scvi.distributions import NegativeBinomial
 
 NORMAL = 0.5 * np.log(2 * np.pi)  # .919
-FOREGROUND_DRAWS = 25
+FOREGROUND_DRAWS, BACKGROUND_DRAWS = 25, 200
 
 
 class Watch(lightning.Callback):
@@ -109,24 +110,31 @@ class PeerFit:
         offered = self.model.get_protein_foreground_probability
         return np.asarray(offered(indices=places.tolist(), n_samples=FOREGROUND_DRAWS))
 
-    @torch.no_grad()
     def foreground_given_counts(self, places: np.ndarray) -> np.ndarray:
         """Probability of the foreground given the count too, which it does not offer, (cell, protein)."""
-        model, module = self.model, self.model.module
-        assert model.adata is not None  # it was made with some
-        found = model._make_data_loader(model.adata, indices=places.tolist(), batch_size=len(places))
-        tensors = next(iter(found))
-        y = tensors[REGISTRY_KEYS.PROTEIN_EXP_KEY]
-        total = torch.zeros_like(y)
-        for _ in range(FOREGROUND_DRAWS):
-            _, made = module.forward(tensors, compute_loss=False)
-            of = made["py_norm_"]
+        total = np.zeros(())
+        for y, of in self._decoded(places, FOREGROUND_DRAWS):
             back, fore = (
                 NegativeBinomial(mu=of[rate], theta=of["r"]).log_prob(y)
                 for rate in ("rate_back", "rate_fore")
             )
-            total += torch.sigmoid(fore - back - of["mixing"])
-        return (total / FOREGROUND_DRAWS).numpy()
+            total = total + torch.sigmoid(fore - back - of["mixing"]).numpy()
+        return total / FOREGROUND_DRAWS
+
+    def background(self, places: np.ndarray) -> np.ndarray:
+        """Draws of the mean of the background, (draw, cell, protein)."""
+        return np.stack([of["rate_back"].numpy() for _, of in self._decoded(places, BACKGROUND_DRAWS)])
+
+    @torch.no_grad()
+    def _decoded(self, places: np.ndarray, draws: int) -> Iterator[tuple[torch.Tensor, Any]]:
+        """Protein counts, and what draws of the latents are decoded to, (cell, protein) each."""
+        model, module = self.model, self.model.module
+        assert model.adata is not None  # it was made with some
+        found = model._make_data_loader(model.adata, indices=places.tolist(), batch_size=len(places))
+        tensors = next(iter(found))
+        for _ in range(draws):
+            _, made = module.forward(tensors, compute_loss=False)
+            yield tensors[REGISTRY_KEYS.PROTEIN_EXP_KEY], made["py_norm_"]
 
     def latent(self) -> np.ndarray:
         """Posterior means of all cells' states (cell, latent)."""

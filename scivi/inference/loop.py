@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from scivi.errors import FitError, PlanError
 from scivi.inference import marginal
+from scivi.inference.gather import rows_at_once
 from scivi.inference.objective import Objective, prepare
 from scivi.inference.passes import Passes
 from scivi.inference.plan import Plan
@@ -499,7 +500,8 @@ def _seen(state: State, source: Any) -> dict[str, torch.Tensor]:
     """Smallest and largest value of each field along the rows."""
     template, seen = state.bound.template, {}
     some = next(iter(state.bound.example.values.values()))
-    for batch in chunks(source, template.fields, template.row_dims, 65536, torch.device("cpu"), some.dtype):
+    size = rows_at_once(state.bound, template.row_dims[0], 1)
+    for batch in chunks(source, template.fields, template.row_dims, size, torch.device("cpu"), some.dtype):
         for name, declared in template.fields.items():
             axes = [i for i, d in enumerate(declared.dims) if d in template.row_dims]
             if not axes:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 import scivi
 from domains.genomics import citeseq
+from domains.genomics.cell_networks import LEAST_SCALE
 from domains.genomics.citeseq import EXAMPLE
 from domains.genomics.panels import Panel
+from scivi.analysis.verdict import checks, measure
 from scivi.errors import DataError
 from scivi.inference.loop import open_data
 from scivi.inference.objective import prepare
@@ -380,7 +382,7 @@ def fitted() -> dict[str, Any]:
     plans = {"fitted": plan, "begun": replace(plan, steps=1, kl_warmup=0)}
     fits = {name: scivi.fit(template, table, p, progress=False) for name, p in plans.items()}
     drawn = {name: scivi.draw(f, table, 50)["posterior"] for name, f in fits.items()}
-    return drawn | {"truth": truth, "table": table}
+    return drawn | {"truth": truth, "table": table, "fit": fits["fitted"]}
 
 
 def auroc(score: np.ndarray, present: np.ndarray) -> float:
@@ -425,3 +427,30 @@ def test_levels_of_a_simulation_are_recovered(fitted):
     np.testing.assert_allclose(
         kappa, -0.5, atol=0.15
     )  # of 600 cells and 300 empties, and the fit's shortness
+
+
+@pytest.mark.slow
+def test_a_planted_collapse_of_the_states_is_told(fitted):
+    """An encoder that gives every cell the prior of its state: six units collapsed, as the verdict says."""
+    table, names = fitted["table"], [f"z[{k}]" for k in range(6)]
+
+    def judged(fit: scivi.Fit) -> tuple[dict[str, bool], Any]:
+        tree = scivi.draw(fit, table, 50)
+        found = scivi.analysis.collapse(tree)
+        units = dict(zip(found["variable"].values.tolist(), found["ok"].values.tolist(), strict=True))
+        check = next(c for c in checks(tree, measure(tree)) if c.name == "active units")
+        return units, check
+
+    units, check = judged(fitted["fit"])
+    assert sum(units[n] for n in names) >= 2
+    kept = {name: value.clone() for name, value in fitted["fit"].nets.state_dict().items()}
+    heads = fitted["fit"].nets.own.encoder.heads
+    with torch.no_grad():
+        for name in ("loc", "scale", "correlation"):
+            heads[name].weight.zero_()
+            heads[name].bias.fill_(math.log(math.expm1(1 - LEAST_SCALE)) if name == "scale" else 0.0)
+    units, check = judged(fitted["fit"])
+    fitted["fit"].nets.load_state_dict(kept)
+    assert not any(units[n] for n in names)
+    assert not check.ok
+    assert check.counts == "care"
