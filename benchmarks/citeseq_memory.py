@@ -2,12 +2,12 @@
 
     python benchmarks/citeseq_memory.py --json citeseq_memory.json
 
-The blood cells of ``citeseq_vs_totalvi --full``, 4,000 genes and 14 proteins, as they are and ten times
-over, each with a name of its own, as a .h5ad with RNA in CSR. Every measurement has a process of its own,
-which opens the file and fits --steps steps of 128 cells (totalVI as many of its own batches of 256): ours
-from the cells in memory (``resident``), ours from the path, which leaves RNA on disk (``backed``), and totalVI
-from the cells in memory. The peak is that of the whole process, libraries included (VmHWM of Linux); what importing them
-took is shown beside it.
+The blood cells of ``citeseq_vs_totalvi --full``, 4,000 genes and 14 proteins, as they are and ten times over,
+each with a name of its own, as a .h5ad with RNA in CSR. Every measurement has a process of its own, which
+opens the file and fits --steps steps of 128 cells (totalVI as many of its own batches of 256): ours from the
+cells in memory (``resident``), ours from the path, which leaves RNA on disk (``backed``), and totalVI from
+the cells in memory. The peak is that of the whole process, libraries included (VmHWM of Linux); what
+importing them took is shown beside it.
 
 Figures, N the cells in thousands:
     SIDE_gb_N: peak memory; SIDE_import_gb, of which imports.

@@ -54,6 +54,23 @@ def expression(
     return xr.DataArray(found, coords, ("cell", "gene"), "expression", {"units": "1 / cell"})
 
 
+def expected_counts(result: xr.DataTree) -> xr.DataArray:
+    """Protein counts that are expected of each cell, background and foreground: what imputes a missing count.
+
+    "denoised" leaves the background out, which orders the cells that do not carry the protein.
+
+    Args:
+        result: from ``draw`` or ``predict`` on the cells.
+
+    Returns:
+        (cell, protein), the mean over draws, without the batch's efficiency.
+    """
+    posterior = result["posterior"]
+    background = (1 - posterior["foreground"]) * np.exp(posterior["log_background"])
+    found = (posterior["denoised"] + background).mean(("chain", "draw")).transpose("cell", "protein")
+    return found.rename("expected_counts").assign_attrs(units="count")
+
+
 def differential_genes(
     result: xr.DataTree,
     fit: Any,

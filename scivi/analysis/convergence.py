@@ -132,7 +132,8 @@ def restarts(tree: xr.DataTree, *, shift: float = SHIFT_SD, rhat: float = 1.01) 
 def collapse(tree: xr.DataTree, *, threshold: float = ACTIVE_SHARE) -> xr.Dataset:
     """Which local latents carry information about their row (active units).
 
-    share = Var_rows(E[z]) / (Var_rows(E[z]) + mean_rows(Var[z])).
+    share = Var_rows(E[z]) / (Var_rows(E[z]) + mean_rows(Var[z])), where what the means' own Monte Carlo error
+    adds to their variance is taken off.
 
     Args:
         tree: with group posterior.
@@ -151,10 +152,13 @@ def collapse(tree: xr.DataTree, *, threshold: float = ACTIVE_SHARE) -> xr.Datase
         for a unit normal prior; the share does not depend on the latent's unit.
     """
     row, posterior = groups.row_dim(tree), groups.group(tree, "posterior")
+    draws = posterior.sizes["chain"] * posterior.sizes["draw"]
     names, between, within = [], [], []
     for name in groups.local_names(tree):
         found = groups.entrywise(posterior[name], groups.moments)
-        spread, noise = found["mean"].var(row), (found["sd"] ** 2).mean(row)
+        noise = (found["sd"] ** 2).mean(row)
+        # means of few draws scatter by themselves
+        spread = (found["mean"].var(row) - noise / draws).clip(0.0)
         names += groups.labels(spread.rename(name))
         between.append(spread.values.ravel())
         within.append(noise.values.ravel())

@@ -1,8 +1,10 @@
 """Chains of the no-U-turn sampler on a density of one flat vector: nutpie's sampler, or Pyro's.
 
-Chains are run in turn. In threads they would wait for each other, since every leapfrog step calls Python; a
-process for each would import torch and Pyro (seconds) and could not be given a model that was defined in a
-notebook.
+Chains of a captured density are run in turn. In threads they would wait for each other, since every leapfrog
+step calls Python; a process for each would import torch and Pyro (seconds) and could not be given a model
+that was defined in a notebook. Where a density cannot be captured, such as one with equations to be solved, a
+call of it costs much, and little more for several points: then chains run side by side in threads, and the
+points that they wait for are worked out as one batch.
 
 References:
     Hoffman and Gelman 2014, JMLR 15, 1593-1623 (the sampler); Seyboldt, Carlson and Carpenter 2026,
@@ -12,8 +14,10 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
+from queue import Queue
 from typing import Any, cast
 
 import numpy as np
@@ -132,6 +136,81 @@ def nutpie_chain(function: Function, first: Tensor, length: Length, seed: int, b
     }
     stats["tree_depth"] = _depth(stats["n_steps"])
     return Chain(torch.as_tensor(np.ascontiguousarray(path)), stats, calls)
+
+
+class _Meeting:
+    """Points of chains that run side by side, worked out together.
+
+    Args:
+        many: from points (chain, n) to log densities (chain,) and gradients (chain, n).
+        chains: how many there are.
+    """
+
+    def __init__(self, many: Function, chains: int) -> None:
+        self.many, self.running = many, chains
+        self.asked: Queue[tuple[Tensor, Future[tuple[Tensor, Tensor]]] | None] = Queue()
+        self.closed = False
+
+    def ask(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """The density at a chain's point, when the others have theirs."""
+        answer: Future[tuple[Tensor, Tensor]] = Future()
+        self.asked.put((point.clone(), answer))
+        if self.closed:
+            raise KeyboardInterrupt
+        return answer.result()
+
+    def leave(self) -> None:
+        """A chain has ended."""
+        self.asked.put(None)
+
+    def serve(self) -> None:
+        """Answer until all chains have ended. Called in the thread that torch is used in."""
+        try:
+            while self.running:
+                waiting = []
+                while self.running and len(waiting) < self.running:  # each asks again at once, or ends
+                    if (got := self.asked.get()) is None:
+                        self.running -= 1
+                    else:
+                        waiting.append(got)
+                if waiting:
+                    values, gradients = self.many(torch.stack([point for point, _ in waiting]))
+                    for k, (_, answer) in enumerate(waiting):
+                        answer.set_result((values[k], gradients[k]))
+                    waiting.clear()
+        finally:
+            self.closed = True
+            for got in waiting:
+                got[1].cancel()
+            while not self.asked.empty():
+                if (got := self.asked.get()) is not None:
+                    got[1].cancel()
+
+
+def nutpie_chains(
+    many: Function, firsts: Sequence[Tensor], length: Length, seeds: Sequence[int], bar: tqdm
+) -> list[Chain]:
+    """Chains by nutpie, side by side.
+
+    Args:
+        many: from points (chain, n) to log densities (chain,) and gradients (chain, n).
+        firsts: where each starts, (n,).
+        length: of each.
+        seeds: of each.
+        bar: told of every draw.
+    """
+    meeting = _Meeting(many, len(firsts))
+
+    def run(first: Tensor, seed: int) -> Chain:
+        try:
+            return nutpie_chain(meeting.ask, first, length, seed, bar)
+        finally:
+            meeting.leave()
+
+    with ThreadPoolExecutor(len(firsts), thread_name_prefix="scivi-chain") as pool:
+        found = [pool.submit(run, first, seed) for first, seed in zip(firsts, seeds, strict=True)]
+        meeting.serve()
+        return [each.result() for each in found]
 
 
 def _depth(n_steps: Any) -> Any:

@@ -18,7 +18,7 @@ Longer than 400 lines because the objective and its Newton finish share nodes an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from scivi.errors import Unsupported
-from scivi.inference.scores import Placed, by_particle, by_row, log_prob, row_scale
+from scivi.inference.scores import Placed, by_particle, by_row, log_prob, particle_plate, row_scale
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
 from scivi.models.guides import JointNormalGuide, noise_shape, push, put
@@ -389,6 +389,35 @@ def log_prior(bound: Bound, module: JointNormalGuide, theta: Tensor, batch: Batc
     model = run_model(bound, batch, {**local, **latent_values(population)})
     out = sum(_globals(model, bound).values()) - sum(_globals(population, bound, skip=module.name).values())
     return cast(Tensor, out)
+
+
+def log_joint(bound: Bound, module: JointNormalGuide, theta: Tensor, batches: Sequence[Batch]) -> Tensor:
+    """Log density of globals at several points and of all rows, where rows have no latents, (point,).
+
+    Args:
+        bound: the pair.
+        module: the joint normal that holds the globals.
+        theta: globals on the unbounded scale (point, D).
+        batches: all rows, in one or several.
+    """
+    n, nesting, rows = len(theta), bound.nesting, bound.template.row_dims
+    at = theta.to(module.loc)
+    at = at.reshape(n, *[1] * nesting, -1) if n > 1 else at[0]
+    total = theta.new_zeros(n).double()
+    for number, batch in enumerate(batches):
+        with particle_plate(n, nesting):
+            population = _population(module, at, batch)
+            model = run_model(bound, batch, latent_values(population))
+        total = total + sum(_rows(model, bound, batch, row).sum(1).expand(n) for row in rows)
+        if number == 0:
+            for sign, trace in ((1, model), (-1, population)):
+                own = [
+                    s
+                    for name, s in sample_sites(trace)
+                    if name != module.name and row_dim_of(s, rows) is None
+                ]
+                total = total + sign * sum(by_particle(log_prob(s), nesting).expand(n).double() for s in own)
+    return total
 
 
 def _population(module: JointNormalGuide, theta: Tensor, batch: Batch) -> poutine.Trace:

@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scivi.errors import PlanError, TemplateError, listed
-from scivi.inference.chains import STATS, Length, chosen, nutpie_chain, pyro_chain
+from scivi.inference.chains import STATS, Length, chosen, nutpie_chain, nutpie_chains, pyro_chain
 from scivi.inference.draws import check_rows
 from scivi.inference.gather import AT_ONCE, log_likelihood, prior_draws, reported
 from scivi.inference.loop import EXAMPLE_ROWS, open_data
-from scivi.inference.potential import fast, potential
+from scivi.inference.potential import Potential, fast, potential
 from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate, quiet
 from scivi.inference.state import Fit, freeze, versions
 from scivi.inference.trees import dataset, save_tree, tree, units_of
@@ -89,7 +89,7 @@ def nuts(
         draws: kept from each chain.
         warmup: draws before them, in which step size and (diagonal) mass matrix adapt; None for 500, or
             200 where a fit is given.
-        chains: run one after the other.
+        chains: run one after the other, or side by side where the density cannot be captured.
         seed: of everything.
         rows: take so many rows, evenly spread over the first row dim; None for all. The posterior is then
             that of these rows alone. Their labels are kept, to be matched with those of another posterior.
@@ -256,19 +256,44 @@ def _sample(
                 function, how = fast(density, STEPS * total)
                 told |= how | {"compile_s": round(time.perf_counter() - begun, 2)}
         found, begun = [], time.perf_counter()
-        for chain in range(chains):
+        own = [stream_seed(stream_seed(seed, "sampling") + chain, "sampling") for chain in range(chains)]
+        if told.get("density") == "eager" and not any(s.discrete for s in bound.sites):
+            firsts = []
+            for each in own:
+                with seeded(each):
+                    firsts.append(density.start(None if start is None else start()))
+            found = nutpie_chains(_together(bound, batch, density), firsts, length, own, bar)
+        for chain in range(len(found), chains):
             bar.set_postfix_str(f"chain {chain + 1} of {chains}")
-            own = stream_seed(stream_seed(seed, "sampling") + chain, "sampling")
-            with seeded(own):
+            with seeded(own[chain]):
                 first = density.start(None if start is None else start())
                 if function is None:
                     found.append(pyro_chain(density, first, length, bar))
                 else:
-                    found.append(nutpie_chain(function, first, length, own, bar))
+                    found.append(nutpie_chain(function, first, length, own[chain], bar))
     stats = {name: np.stack([chain.stats[name] for chain in found]) for name in STATS}
     told["gradients"] = sum(chain.gradients for chain in found)
     told["sampling_s"] = round(time.perf_counter() - begun, 3)
     return density.values(torch.cat([chain.path for chain in found])), stats, told
+
+
+def _together(bound: Bound, batch: Batch, density: Potential) -> Callable[..., Any]:
+    """The density and its gradient at several points at once: (point, n) to (point,) and (point, n)."""
+
+    def many(points: Tensor) -> tuple[Tensor, Tensor]:
+        leaf, n = points.detach().requires_grad_(True), len(points)
+        total, values = leaf.new_zeros(n), {}
+        for name, z in density.split(leaf).items():
+            back = density.transforms[name].inv
+            values[name] = back(z)
+            total = total + back.log_abs_det_jacobian(z, values[name]).reshape(n, -1).sum(1)
+        model = _model_at(bound, batch, values, n)
+        for _, site in sample_sites(model):
+            total = total + by_particle(log_prob(site), bound.nesting).expand(n)
+        (gradient,) = torch.autograd.grad(total.sum(), leaf)
+        return total.detach(), gradient
+
+    return many
 
 
 @dataclass

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scivi.errors import Unsupported
 from scivi.inference import marginal
+from scivi.inference.gather import ENTRIES_AT_ONCE
 from scivi.models.binding import Bound
 
 # Degrees of freedom of the proposals: tails heavier than the target's keep weights bounded (our choice).
@@ -72,9 +73,7 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, 
             proposal = MultivariateStudentT(mean.new_tensor(FREEDOM), mean, torch.linalg.cholesky(covariance))
             new = proposal.sample(torch.Size([draws]))
             points, proposals = torch.cat([points, new]), [*proposals, proposal]
-            density = torch.cat(
-                [density, torch.stack([_posterior(bound, module, t, rows, plan, per_dim) for t in new])]
-            )
+            density = torch.cat([density, _posteriors(bound, module, new, rows, plan, per_dim)])
             mixture = torch.logsumexp(torch.stack([p.log_prob(points) for p in proposals]), 0) - math.log(
                 len(proposals)
             )
@@ -90,6 +89,23 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, 
         told = tuple(round(w, 4) for w in (log_weight - log_weight.max()).clamp_min(-100.0).tolist())
     moved = float(((mean - start[0]) / start[1].diagonal().sqrt()).abs().max())
     return Polished(mean.to(module.loc), covariance.to(module.loc), ess, told, len(points), moved)
+
+
+def _posteriors(
+    bound: Bound,
+    module: marginal.JointNormalGuide,
+    theta: Tensor,
+    rows: marginal.Rows,
+    plan: marginal.Layout,
+    per_dim: int,
+) -> Tensor:
+    """The same of several globals (point, D); at once, where rows are few and have no latents."""
+    batches = [] if plan.sites else list(rows.all(per_dim))
+    at_once = ENTRIES_AT_ONCE // max(1, sum(v.numel() for b in batches for v in b.values.values()))
+    if not batches or at_once < 2:
+        return torch.stack([_posterior(bound, module, t, rows, plan, per_dim) for t in theta])
+    parts = [marginal.log_joint(bound, module, some, batches) for some in theta.split(at_once)]
+    return torch.cat(parts)
 
 
 def _posterior(

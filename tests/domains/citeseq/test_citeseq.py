@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 import scivi
-from domains.genomics import citeseq
+from domains.genomics import citeseq, expression
 from domains.genomics.cell_networks import LEAST_SCALE
 from domains.genomics.citeseq import EXAMPLE
 from domains.genomics.panels import Panel
@@ -276,6 +276,16 @@ def test_results_are_labelled(quick):
     assert float(posterior["foreground"].max()) <= 1
     assert posterior["denoised"].attrs["units"] == "count"
     assert "droplet" not in posterior.dims  # only the cells are told of
+
+
+def test_expected_counts_have_the_background_that_denoised_leaves_out(quick):
+    fit, table = quick
+    result = scivi.draw(fit, table, 6)
+    found, posterior = expression.expected_counts(result), result["posterior"]
+    assert found.dims == ("cell", "protein")
+    present, below = posterior["foreground"].values[0], np.exp(posterior["log_background"].values[0])
+    by_hand = (posterior["denoised"].values[0] + (1 - present) * below).mean(0)
+    np.testing.assert_allclose(found.values, by_hand, rtol=1e-6)
 
 
 def test_cells_alone_are_read_by_a_fit_that_knew_empties(quick):

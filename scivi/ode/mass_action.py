@@ -1,0 +1,129 @@
+"""Reaction networks of mass action, whose derivatives are products of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scivi.errors import TemplateError, listed
+from scivi.ode.system import System
+
+MOST_REACTANTS = 2
+
+
+def mass_action(
+    reactants: Sequence[Sequence[int]],
+    stoichiometry: np.ndarray,
+    states: Sequence[str] | None = None,
+    parameters: Sequence[str] | None = None,
+) -> System:
+    """A network of reactions, each as fast as the product of its reactants.
+
+        dy/dt = sum_r S_r k_r prod_(i in reactants of r) y_i
+
+    Args:
+        reactants: places of each reaction's reactants among the states, none, one or two; twice the same is a
+            square. A third molecule that meets two others needs ``equations``.
+        stoichiometry: S, net change of each state by each reaction, (state, reaction).
+        states: names; "0", "1" and so on if not given.
+        parameters: names of the reactions' rate coefficients k, which are the system's parameters.
+
+    Raises:
+        TemplateError: listing reactions that are none.
+    """
+    stoichiometry = np.asarray(stoichiometry, float)
+    faults = _faults(reactants, stoichiometry)
+    if faults:
+        raise TemplateError(listed("the reactions are none:", faults))
+    n, count = stoichiometry.shape
+    names = tuple(states) if states is not None else tuple(map(str, range(n)))
+    coefficients = tuple(parameters) if parameters is not None else tuple(f"k{r + 1}" for r in range(count))
+    return _Network(reactants, stoichiometry).system(names, coefficients)
+
+
+def _faults(reactants: Sequence[Sequence[int]], stoichiometry: np.ndarray) -> list[str]:
+    if stoichiometry.ndim != 2:
+        return [f"the stoichiometry has {stoichiometry.ndim} dims; it needs (state, reaction)"]
+    n, count = stoichiometry.shape
+    faults = []
+    if len(reactants) != count:
+        faults.append(f"there are reactants of {len(reactants)} reactions, and {count} columns")
+    if not np.isfinite(stoichiometry).all():
+        faults.append("some of the stoichiometry is not finite")
+    for r, places in enumerate(reactants):
+        if len(places) > MOST_REACTANTS:
+            faults.append(f"reaction {r} has {len(places)} reactants; two are the most")
+        if any(not 0 <= i < n for i in places):
+            faults.append(f"reaction {r} has reactants {list(places)}; there are {n} states")
+    return faults
+
+
+class _Network:
+    """Constant matrices. A factor of a reaction that has fewer than two is 1.
+
+    ``factors`` gives (B, 2 reaction): first factors, then second ones.
+    """
+
+    def __init__(self, reactants: Sequence[Sequence[int]], stoichiometry: np.ndarray) -> None:
+        n, count = stoichiometry.shape
+        of = np.zeros((2, count, n))  # which state a factor is
+        for r, places in enumerate(reactants):
+            for side, place in enumerate(places):
+                of[side, r, place] = 1.0
+        bare = 1.0 - of.sum(-1)
+        # of df_a/dy_b: by the derivative of the first factors, then of the second
+        blocks = np.einsum("ar,srb->srab", stoichiometry, of).reshape(2 * count, n * n)
+        self.n, self.count = n, count
+        self.kept: dict[torch.device, tuple[Tensor, ...]] = {}
+        self.arrays = (stoichiometry, of.reshape(2 * count, n), bare.reshape(-1), blocks)
+
+    def on(self, y: Tensor) -> tuple[Tensor, ...]:
+        """Stoichiometry (state, reaction), states of factors (2 reaction, state), ones, blocks."""
+        if y.device not in self.kept:
+            self.kept[y.device] = tuple(torch.tensor(a, dtype=y.dtype, device=y.device) for a in self.arrays)
+        return self.kept[y.device]
+
+    def system(self, states: tuple[str, ...], parameters: tuple[str, ...]) -> System:
+        return System(states, parameters, self.rate, self.jacobian, None, self.curvature, self.pull)
+
+    def factors(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        _, of, bare, _ = self.on(y)
+        both = torch.addmm(bare, y, of.T)
+        return both[:, : self.count], both[:, self.count :]
+
+    def rate(self, t: Tensor, y: Tensor, k: Tensor) -> Tensor:
+        first, second = self.factors(y)
+        return (k * first * second) @ self.on(y)[0].T
+
+    def jacobian(self, t: Tensor, y: Tensor, k: Tensor) -> Tensor:
+        first, second = self.factors(y)
+        return self._by_blocks(k * second, k * first)
+
+    def curvature(self, t: Tensor, y: Tensor, k: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        first, second = self._moves(u)
+        return self._by_blocks(k * second, k * first)
+
+    def pull(
+        self, t: Tensor, y: Tensor, k: Tensor, at: Tensor, there: Tensor, s: Tensor, u: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        stoichiometry, of, _, _ = self.on(y)
+        (first, second), (first_there, second_there) = self.factors(y), self.factors(there)
+        first_moves, second_moves = self._moves(u)
+        seen = v @ stoichiometry  # what a unit of each reaction is worth
+        of_k = seen * (first_there * second_there + first_moves * second + first * second_moves)
+        weight = seen * k
+        to_there = torch.cat([weight * second_there, weight * first_there], 1) @ of
+        to_y = torch.cat([weight * second_moves, weight * first_moves], 1) @ of
+        return to_there, to_y, of_k
+
+    def _moves(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """How the factors move with the states."""
+        both = u @ self.on(u)[1].T
+        return both[:, : self.count], both[:, self.count :]
+
+    def _by_blocks(self, of_first: Tensor, of_second: Tensor) -> Tensor:
+        blocks = self.on(of_first)[3]
+        return (torch.cat([of_first, of_second], 1) @ blocks).view(-1, self.n, self.n)

@@ -1,0 +1,94 @@
+"""What an ordinary differential equation is to the solver: a few functions of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Rate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """dy/dt = f(t, y, p) and the derivatives that solving and differentiating it needs.
+
+    Every function takes and gives batches in float64, one solution to an entry: t (B,), y (B, state),
+    p (B, parameter). Entries do not see each other. ``equations`` makes all of them from ``rate`` alone,
+    ``mass_action`` in closed form.
+
+    Args:
+        states: names of the states.
+        parameters: names of the parameters, in the order of p's columns.
+        rate: (t, y, p) -> f (B, state).
+        jacobian: (t, y, p) -> df/dy (B, state, state).
+        slope: (t, y, p) -> df/dt (B, state); None if f does not depend on t.
+        curvature: (t, y, p, s, u) -> change of the Jacobian along (s, u), d/de df/dy(t + e s, y + e u),
+            (B, state, state). s is (B,), u is (B, state).
+        pull: (t, y, p, at, there, s, u, v) -> gradient of v . [f(at, there, p) + d/de f(t + e s, y + e u, p)]
+            with respect to (there, y, p), v (B, state).
+    """
+
+    states: tuple[str, ...]
+    parameters: tuple[str, ...]
+    rate: Rate
+    jacobian: Rate
+    slope: Rate | None
+    curvature: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    pull: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def equations(
+    rate: Rate,
+    states: Sequence[str],
+    parameters: Sequence[str],
+    *,
+    jacobian: Rate | None = None,
+    timed: bool = False,
+) -> System:
+    """A system from its right-hand side, differentiated by torch.
+
+    Args:
+        rate: (t, y, p) -> dy/dt (B, state), of torch operations that keep the entries of the batch apart.
+        states: names of the states.
+        parameters: names of the parameters.
+        jacobian: df/dy (B, state, state), if it is known, of torch operations; else it costs a derivative of
+            ``rate`` for each state.
+        timed: whether ``rate`` depends on t other than through y.
+    """
+    n = len(states)
+
+    def moved(f: Rate, t: Tensor, y: Tensor, p: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        """d/de f(t + e s, y + e u, p), as the derivative of the pullback, which is linear."""
+        if timed:
+            _, back = torch.func.vjp(lambda a, b: f(a, b, p), t, y)
+        else:
+            _, back = torch.func.vjp(lambda b: f(t, b, p), y)
+        like = torch.zeros_like(f(t, y, p))
+        _, forth = torch.func.vjp(back, like)
+        return forth((s, u) if timed else (u,))[0]
+
+    def by_rows(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        _, back = torch.func.vjp(lambda b: rate(t, b, p), y)
+        units = torch.eye(n, dtype=y.dtype, device=y.device)
+        return torch.stack([back(unit.expand_as(y))[0] for unit in units], 1)
+
+    found = jacobian or by_rows
+
+    def slope(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        return moved(rate, t, y, p, torch.ones_like(t), torch.zeros_like(y))
+
+    def curvature(t: Tensor, y: Tensor, p: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        return moved(found, t, y, p, s, u)
+
+    def pull(
+        t: Tensor, y: Tensor, p: Tensor, at: Tensor, there: Tensor, s: Tensor, u: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def seen(there: Tensor, y: Tensor, p: Tensor) -> Tensor:
+            return (v * (rate(at, there, p) + moved(rate, t, y, p, s, u))).sum()
+
+        return torch.func.grad(seen, (0, 1, 2))(there, y, p)
+
+    return System(tuple(states), tuple(parameters), rate, found, slope if timed else None, curvature, pull)
