@@ -35,11 +35,13 @@ from domains.genomics import citeseq
 from scivi.analysis import row_reliability
 
 DRAWS = 100
+STATS = ("lp", "log_q", "row_log_weight")
 
 
 def all_finite(tree: Any) -> bool:
-    """Whether every number of a result is."""
-    arrays = (a for group in ("posterior", "sample_stats", "history") for a in tree[group].values())
+    """Whether every number of a result is, but for what says by NaN that it does not apply."""
+    arrays = [*tree["posterior"].values(), *(tree["sample_stats"][name] for name in STATS)]
+    arrays.append(tree["history"]["objective"])
     return all(bool(np.isfinite(a).all()) for a in arrays if a.dtype.kind == "f")
 
 

@@ -290,6 +290,7 @@ def test_root_gives_its_own_modules_nothing_but_the_version():
 def test_a_template_knows_no_optimiser_no_file_and_no_device():
     allowed = {"scivi.errors", "scivi.inputs.fields", "scivi.models", "scivi.ode"}
     readers = {"domains.genomics.methylomes", "domains.genomics.methylome_files"}  # of text, to tables
+    readers |= {f"domains.kinetics.{name}" for name in ("sbml", "petab_tables", "petab_cells", "predators")}
     refused = {
         "scivi.models.binding",
         "torch.optim",

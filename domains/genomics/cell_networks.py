@@ -161,11 +161,12 @@ def _start(
     def add(name: str, support: constraints.Constraint, value: Tensor) -> None:
         sites[name], start[name] = (tuple(value.shape), support), value
 
-    ambient = torch.tensor(panel.log_ambient)
+    add(
+        "log_empty" if panel.has_empties else "log_ambient", constraints.real, torch.tensor(panel.log_ambient)
+    )
     if panel.has_empties:
         add("log_kappa", constraints.real, torch.full((k,), prior.kappa))
-        ambient = ambient + prior.kappa
-    add("log_ambient", constraints.real, ambient)
+        add("log_kappa_protein", constraints.real, torch.zeros(t))
     mean = math.sqrt(2 / math.pi) * prior.scatter  # of a half-normal
     add("scatter", constraints.positive, torch.full((t,), mean))
     add("droplet_scatter", constraints.positive, torch.tensor(mean))

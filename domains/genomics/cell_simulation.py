@@ -73,9 +73,14 @@ def simulate(
     if panel.has_empties:
         m = sizes.get("droplet", n)
         at = rng.integers(0, k, m)
-        level = (log_ambient - prior.kappa)[at] + droplet_scatter * rng.normal(size=(m, 1))
+        own = rng.normal(0.0, prior.kappa_protein_sd, t)
+        level = (log_ambient - prior.kappa - own)[at] + droplet_scatter * rng.normal(size=(m, 1))
         empties = counts(level + scatter * rng.normal(size=(m, t)), prior.protein_dispersion)
         table["empty_adt"] = (("droplet", "protein"), empties)
         table["empty_batch"] = (("droplet",), np.array(panel.batches)[at])
-        truth["log_kappa"] = (("batch",), np.full(k, prior.kappa))
+        truth |= {
+            "log_empty": (("batch", "protein"), log_ambient - prior.kappa - own),
+            "log_kappa": (("batch",), np.full(k, prior.kappa)),
+            "log_kappa_protein": (("protein",), own),
+        }
     return xr.Dataset(table, coords), xr.Dataset(truth, {**coords, "batch": np.array(panel.batches)})

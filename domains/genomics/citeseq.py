@@ -12,12 +12,14 @@ For cell n with state z_n in batch s, gene g and protein t:
 
 and for an empty droplet, which holds what floats about and nothing else,
 
-    log b_nt  = m_st - log kappa_s + a_n + scatter_t eps_nt,    y_nt ~ NB(b_nt e_st, phi_t).
+    log b_nt  = h_st + a_n + scatter_t eps_nt,     y_nt ~ NB(b_nt e_st, phi_t),
+    m_st      = h_st + log kappa_s + log k_t.
 
-A cell sees the share kappa of what an empty droplet holds. The efficiency e of capture differs between
-batches, and is left out of what is reported; with one batch nothing tells it from m, and it is 1. Both v and
-eps are integrated out (``scivi.models.foreground``). A foreground is at least half as bright again as the
-background: without that floor the mixture may call "foreground" what differs from background in nothing.
+A cell sees the share kappa k of what an empty droplet holds, k near 1 and each protein's own. The efficiency
+e of capture differs between batches, and is left out of what is reported; with one batch nothing tells it
+from m, and it is 1. Both v and eps are integrated out (``scivi.models.foreground``). A foreground is at least
+half as bright again as the background: without that floor the mixture may call "foreground" what differs from
+background in nothing.
 
 Entries of y may be missing, protein by protein and cell by cell. While fitting, proteins are hidden from the
 encoder at random, so that cells of other panels can be read too.
@@ -70,7 +72,7 @@ def proteins(batch: Batch, values: Mapping[str, Tensor], nets: Nets, form: Form)
     place = batch.batch.long()
     log_fold, logits = nets.proteins(values["z"], place)
     is_isotype = torch.tensor([p in form.panel.isotypes for p in form.panel.proteins], device=place.device)
-    level = _of_batch(values["log_ambient"], place) + values["droplet_factor"].unsqueeze(-1)
+    level = _of_batch(ambient(values), place) + values["droplet_factor"].unsqueeze(-1)
     if form.has_efficiency:
         level = level + _of_batch(values["log_efficiency"], place)
     return ForegroundBackground(
@@ -100,10 +102,14 @@ def model(batch: Batch, prior: Prior, nets: Nets, *, form: Form) -> None:
         family = dist.HalfNormal(like.new_full(shape, prior.scatter))
         values[name] = pyro.sample(name, family.to_event(len(shape)))
 
-    ambient = torch.tensor(form.panel.log_ambient, dtype=like.dtype, device=like.device)
+    level = torch.tensor(form.panel.log_ambient, dtype=like.dtype, device=like.device)
     if form.panel.has_empties:
-        ambient = ambient + normal("log_kappa", (n_batches,), prior.kappa, prior.kappa_sd).unsqueeze(-1)
-    normal("log_ambient", (n_batches, n_proteins), ambient, prior.ambient_sd)
+        normal("log_empty", (n_batches, n_proteins), level, prior.ambient_sd)
+        normal("log_kappa", (n_batches,), prior.kappa, prior.kappa_sd)
+        normal("log_kappa_protein", (n_proteins,), 0.0, prior.kappa_protein_sd)
+        values["log_ambient"] = pyro.deterministic("log_ambient", ambient(values), event_dim=2)
+    else:
+        normal("log_ambient", (n_batches, n_proteins), level, prior.ambient_sd)
     half_normal("scatter", (n_proteins,))
     half_normal("droplet_scatter", ())
     for kind in ("background", "foreground"):
@@ -130,10 +136,22 @@ def model(batch: Batch, prior: Prior, nets: Nets, *, form: Form) -> None:
             batch.observe("empty_adt", empties(batch, values, empty_factor).to_event(1))
 
 
+def ambient(values: Mapping[str, Tensor]) -> Tensor:
+    """Log background of a cell by batch and protein, (*draw, batch, protein).
+
+    With empty droplets it is made of what they hold and of the share of it that a cell sees: the droplets
+    tell the one and the cells the other, so that the two are hardly correlated.
+    """
+    if "log_empty" not in values:
+        return values["log_ambient"]
+    share = values["log_kappa"].unsqueeze(-1) + values["log_kappa_protein"].unsqueeze(-2)
+    return values["log_empty"] + share
+
+
 def empties(batch: Batch, values: Mapping[str, Tensor], factor: Tensor) -> ScatteredCounts:
     """Distribution of the empty droplets' counts (*draw, droplet, protein), given their factors."""
     place = batch.empty_batch.long()
-    level = _of_batch(values["log_ambient"] - values["log_kappa"].unsqueeze(-1), place)
+    level = _of_batch(values["log_empty"], place)
     if "log_efficiency" in values:
         level = level + _of_batch(values["log_efficiency"], place)
     dispersion = values["log_background_dispersion"].exp()
@@ -296,7 +314,11 @@ def make(
     if form.has_efficiency:
         dims["log_efficiency"] = ("batch", "protein")
     if panel.has_empties:
-        dims["log_kappa"] = ("batch",)
+        dims |= {
+            "log_empty": ("batch", "protein"),
+            "log_kappa": ("batch",),
+            "log_kappa_protein": ("protein",),
+        }
         fields["empty_adt"] = Field(
             ("droplet", "protein"), "observed", counts, "count", "protein counts of empty droplets"
         )
@@ -306,7 +328,8 @@ def make(
         dims["log_theta"] = ("gene",)
     dims |= {"z": ("cell", "latent"), "droplet_factor": ("cell",)}
     dims |= dict.fromkeys(("foreground", "log_background", "denoised"), ("cell", "protein"))
-    units = {"log_ambient": "ln count", "log_background": "ln count", "denoised": "count"}
+    units = {"log_empty": "ln count"} if panel.has_empties else {}
+    units |= {"log_ambient": "ln count", "log_background": "ln count", "denoised": "count"}
     return Template(
         name=f"CITE-seq, {len(panel.proteins)} proteins" + (", empty droplets" if panel.has_empties else ""),
         fields=fields,

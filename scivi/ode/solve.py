@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -242,7 +242,7 @@ class _Pulled(torch.autograd.Function):
             sides = []
             for sign in (1.0, -1.0):
                 moved = [x + sign * e * d for x, d in zip(here, along, strict=True)]
-                found = again(ctx.system, *moved, path)
+                found = again(ctx.system, moved[0], moved[1], path)
                 sides.append((found.values, *replay.gradient(ctx.system, moved[0], found, values[rows])))
             (up, *ups), (down, *downs) = sides
             still = torch.isnan(path.values)
@@ -330,7 +330,13 @@ def _explicit(
     else:
         try:
             found = odeint(
-                rate, y0, grid, rtol=tolerance.rtol, atol=tolerance.atol, method=method, options=options
+                rate,
+                y0,
+                grid,
+                rtol=tolerance.rtol,
+                atol=cast(Any, tolerance.atol),
+                method=method,
+                options=options,
             )
         except AssertionError:  # a step too small, or too many of them: what torchdiffeq raises
             return None

@@ -40,8 +40,8 @@ def steady(
         system: what to solve; f may not depend on time.
         p: parameters (B, parameter), float64.
         y0: states at the start (B, state).
-        totals: sums of states that no reaction changes, as weights (total, state), linearly independent;
-            without them the Jacobian must be regular.
+        totals: sums of states that no reaction changes, as weights (total, state) or (B, total, state),
+            linearly independent and 0 at the same places; without them the Jacobian must be regular.
         horizon: how long "for ever" is.
         rtol: what a step may be wrong by is atol + rtol |y|, and so may the steady state.
         atol: likewise.
@@ -56,9 +56,9 @@ def steady(
     if system.slope is not None:
         raise DataError("a system whose right-hand side depends on time has no steady state.")
     n = len(system.states)
-    kept = p.new_zeros(0, n) if totals is None else totals.to(p)
-    if len(kept) and int(torch.linalg.matrix_rank(kept)) < len(kept):
-        raise DataError(f"the {len(kept)} totals are not independent of each other.")
+    kept = (p.new_zeros(0, n) if totals is None else totals.to(p)).expand(len(p), -1, -1)
+    if kept.shape[1] and int(torch.linalg.matrix_rank(kept).min()) < kept.shape[1]:
+        raise DataError(f"the {kept.shape[1]} totals are not independent of each other.")
     tolerance = Tolerance(rtol, torch.as_tensor(atol, dtype=p.dtype, device=p.device), max_steps)
     values, reason, count, rejected = _Steady.apply(p, y0, kept, system, horizon, tolerance)  # type: ignore[misc]
     return Solution(values, reason == Reason.SOLVED, reason, count, rejected, "rodas5p")
@@ -85,13 +85,13 @@ class _Steady(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         times, zero = p.new_full((len(p), 1), horizon), p.new_zeros(len(p))
         path = integrate(system, p, y0, times, zero, None, tolerance)
-        came, rows = path.reason == Reason.SOLVED, _replaced_rows(totals)
+        came, rows = path.reason == Reason.SOLVED, _replaced_rows(totals[0])
         y = torch.where(came.unsqueeze(-1), path.values[:, 0], y0)
         rested = torch.zeros_like(came)
         for _ in range(NEWTON_STEPS):
             matrix = system.jacobian(zero, y, p)
             right = system.rate(zero, y, p)
-            matrix[:, rows], right[:, rows] = totals, (y - y0) @ totals.T
+            matrix[:, rows], right[:, rows] = totals, (totals @ (y - y0).unsqueeze(-1)).squeeze(-1)
             step = torch.linalg.solve_ex(matrix, right.unsqueeze(-1))[0].squeeze(-1)
             small = (step.abs() <= tolerance.atol + tolerance.rtol * y.abs()).all(-1)  # NaN is not
             y, rested = torch.where(small.unsqueeze(-1), y - step, y), small
@@ -116,4 +116,4 @@ class _Steady(torch.autograd.Function):
         to_totals = v[:, rows]
         v = v.index_fill(1, torch.tensor(rows, dtype=torch.long, device=v.device), 0.0)
         _, _, of_p = ctx.system.pull(zero, y, p, zero, y, zero, torch.zeros_like(y), -v)
-        return of_p, to_totals @ totals, None, None, None, None
+        return of_p, (to_totals.unsqueeze(1) @ totals).squeeze(1), None, None, None, None

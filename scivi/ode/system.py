@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,15 +64,14 @@ def equations(
     def moved(f: Rate, t: Tensor, y: Tensor, p: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """d/de f(t + e s, y + e u, p), as the derivative of the pullback, which is linear."""
         if timed:
-            _, back = torch.func.vjp(lambda a, b: f(a, b, p), t, y)
+            value, back = _pullback(lambda a, b: f(a, b, p), t, y)
         else:
-            _, back = torch.func.vjp(lambda b: f(t, b, p), y)
-        like = torch.zeros_like(f(t, y, p))
-        _, forth = torch.func.vjp(back, like)
+            value, back = _pullback(lambda b: f(t, b, p), y)
+        _, forth = _pullback(back, torch.zeros_like(value))
         return forth((s, u) if timed else (u,))[0]
 
     def by_rows(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
-        _, back = torch.func.vjp(lambda b: rate(t, b, p), y)
+        _, back = _pullback(lambda b: rate(t, b, p), y)
         units = torch.eye(n, dtype=y.dtype, device=y.device)
         return torch.stack([back(unit.expand_as(y))[0] for unit in units], 1)
 
@@ -92,3 +92,9 @@ def equations(
         return torch.func.grad(seen, (0, 1, 2))(there, y, p)
 
     return System(tuple(states), tuple(parameters), rate, found, slope if timed else None, curvature, pull)
+
+
+def _pullback(function: Callable[..., Any], *at: Tensor) -> tuple[Any, Callable[..., Any]]:
+    """Value, and the function that carries gradients of it back to the arguments."""
+    found: Any = torch.func.vjp(function, *at)
+    return found[0], found[1]

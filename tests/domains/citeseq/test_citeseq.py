@@ -20,7 +20,7 @@ import scivi
 from domains.genomics import citeseq, expression
 from domains.genomics.cell_networks import LEAST_SCALE
 from domains.genomics.citeseq import EXAMPLE
-from domains.genomics.panels import Panel
+from domains.genomics.panels import Panel, Prior
 from scivi.analysis.verdict import checks, measure
 from scivi.errors import DataError
 from scivi.inference.loop import open_data
@@ -131,7 +131,7 @@ def test_background_level_has_all_its_parts():
     with torch.no_grad():
         found = proteins_of(bound, batch, values)
     place = batch.batch.long().numpy()
-    level = (values["log_ambient"] + values["log_efficiency"]).numpy()[place]
+    level = (citeseq.ambient(values) + values["log_efficiency"]).numpy()[place]
     np.testing.assert_allclose(found.background.log_mean, level + values["droplet_factor"].numpy()[:, None])
     assert len(set(place.tolist())) == 2
 
@@ -154,7 +154,8 @@ def test_empties_weigh_no_more_than_the_cells(site):
     template = citeseq.make(EXAMPLE, **SMALL)
     table, _ = simulated(template, 20, 10)
     _, _, values = bound_to(template, table)
-    names = ("log_ambient", "log_kappa", "scatter", "droplet_scatter", "log_background_dispersion")
+    names = ("log_empty", "log_kappa", "log_kappa_protein", "scatter", "droplet_scatter")
+    names = (*names, "log_background_dispersion")
     given = {name: values[name] for name in (*names, "log_efficiency")}
     tables = [table.isel(droplet=np.tile(np.arange(10), times)) for times in (1, 2, 4)]
     one, two, four = (log_density(template, t, site, given) for t in tables)
@@ -168,11 +169,12 @@ def test_empties_are_background_over_kappa():
     table, _ = simulated(template, 20, 10)
     _, _, values = bound_to(template, table)
     values["scatter"] = torch.full_like(values["scatter"], 1e-12)
-    names = ("log_ambient", "log_kappa", "scatter", "droplet_scatter", "log_background_dispersion")
+    names = ("log_empty", "log_kappa", "log_kappa_protein", "scatter", "droplet_scatter")
+    names = (*names, "log_background_dispersion")
     given = {name: values[name] for name in (*names, "log_efficiency")}
     found = log_density(template, table, "empty_adt", given)
     place = np.array([EXAMPLE.batches.index(b) for b in table["empty_batch"].values])
-    level = values["log_ambient"] + values["log_efficiency"] - values["log_kappa"].unsqueeze(-1)
+    level = values["log_empty"] + values["log_efficiency"]
     mean, theta = np.exp(level.numpy()[place]), np.exp(values["log_background_dispersion"].numpy())
     truth = stats.nbinom.logpmf(table["empty_adt"].values, theta, theta / (theta + mean))
     assert found == pytest.approx(truth.sum(), rel=1e-9)
@@ -184,7 +186,7 @@ def test_efficiency_of_capture_is_left_out_of_what_is_reported():
     bound, batch, values = bound_to(template, simulated(template)[0])
     moved = torch.linspace(-0.5, 0.7, 12, dtype=torch.float64).reshape(2, 6)
     other = values | {
-        "log_ambient": values["log_ambient"] - moved,
+        "log_empty": values["log_empty"] - moved,
         "log_efficiency": values["log_efficiency"] + moved,
     }
     one, two = (derived(bound, batch, v) for v in (values, other))
@@ -384,7 +386,7 @@ STEPS = 400
 @pytest.fixture(scope="module")
 def fitted() -> dict[str, Any]:
     """Fits of 1 and of 400 steps to 600 cells and 300 empties, their draws, and the truth."""
-    template = citeseq.make(HARD, hidden=64, n_latent=6)
+    template = citeseq.make(HARD, hidden=64, n_latent=6, prior=Prior(kappa_protein_sd=0.02))
     table, truth = scivi.simulate(template, {"cell": 600, "droplet": 300}, seed=0)
     plan = replace(
         QUICK, steps=STEPS, rows_per_batch=128, lr=1e-2, kl_warmup=120, beta_start=0.1, warmup=0.2, decay=0.5
@@ -434,9 +436,8 @@ def test_levels_of_a_simulation_are_recovered(fitted):
     # alone it is known to the prior of the efficiency, .3, which both batches' mean shares: .2
     assert np.sqrt(((ambient - truth) ** 2).mean()) < 0.2
     kappa = fitted["fitted"]["log_kappa"].mean(("chain", "draw")).values
-    np.testing.assert_allclose(
-        kappa, -0.5, atol=0.15
-    )  # of 600 cells and 300 empties, and the fit's shortness
+    # of 600 cells and 300 empties, and the fit's shortness
+    np.testing.assert_allclose(kappa, -0.5, atol=0.15)
 
 
 @pytest.mark.slow

@@ -1,0 +1,311 @@
+"""Reaction kinetics: rates and what else is not known of a network, from measurements in several conditions.
+
+For parameters theta, each on its own scale, condition c, moment m and observable o:
+
+    theta        ~ prior                       as the problem says; uniform between the bounds if it does not
+    dy_c/dt      = f(t, y_c, k_c(theta)),      y_c(0) = y0_c(theta), or the steady state of another condition
+    mean_cmo, sd_cmo = observables of y_c(t_cm) and theta
+    t_o(measured_cmo) ~ Normal or Laplace(t_o(mean_cmo), sd_cmo),   t_o: as it is, or a logarithm
+
+The equations are solved in float64 for all draws and conditions at once (``scivi.ode``). Where a solution
+fails, its condition gets a floor instead of a likelihood, without a gradient, and is counted.
+
+The guide is a joint normal of theta on the unbounded scale, which begins at the best of many modes found by
+``search`` if the template is made from data.
+
+References:
+    Schmiester et al. 2021, PLoS Comput. Biol. 17, e1008646, doi:10.1371/journal.pcbi.1008646 (PEtab).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from domains.kinetics import experiments as ready
+from domains.kinetics import search
+from domains.kinetics.petab_problems import Problem, faults_of_data
+from domains.kinetics.priors import ParameterPrior
+from domains.kinetics.simulation import FLOOR, Form, Guide, Simulated, label, simulated
+from scivi.errors import FitError, TemplateError, listed
+from scivi.inputs.fields import Field
+from scivi.models import Batch, Template, guides
+from scivi.models.guides import JointNormal, MeanField
+from scivi.ode.solve import Method
+
+# Runs of the model before failures are looked at; share of solutions that may fail; solutions looked back on.
+WARM_UP, MOST_FAILED, WINDOW = 20, 0.01, 1000  # our choices
+GUIDES: dict[str, guides.Family] = {
+    "full rank": JointNormal(),
+    "low rank": JointNormal(rank=4),
+    "mean field": MeanField(),
+}
+
+
+class Counter(nn.Module):
+    """How many solutions there were, and how many failed, of late; no fit goes on with many."""
+
+    runs: Tensor
+    solutions: Tensor
+    failed: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("runs", "solutions", "failed"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    def count(self, ok: Tensor) -> None:
+        """Add what a run of the model came to.
+
+        Raises:
+            FitError: more than one in a hundred failed, after the first runs.
+        """
+        keep = max(0.0, 1.0 - ok.numel() / WINDOW)
+        self.runs += 1
+        self.solutions.mul_(keep).add_(ok.numel())
+        self.failed.mul_(keep).add_(int((~ok).sum()))
+        share = float(self.failed / self.solutions)
+        if self.training and float(self.runs) > WARM_UP and share > MOST_FAILED:
+            raise FitError(
+                f"{share:.1%} of the last solutions failed, and {MOST_FAILED:.0%} may. Narrow the bounds or "
+                "priors of the parameters, raise max_steps, or loosen rtol."
+            )
+
+
+class Noise(TorchDistribution):
+    """Measurements, normal or Laplace about what is expected, as they are or on a log scale.
+
+    Args:
+        problem: whose observables say which.
+        mean: (*batch).
+        sd: scale of the noise (*batch), the last dim is that of the observables.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support: ClassVar[constraints.Constraint] = constraints.real
+
+    def __init__(self, problem: Problem, mean: Tensor, sd: Tensor) -> None:
+        self.problem, self.centre, self.sd = problem, mean, sd
+        super().__init__(torch.broadcast_shapes(mean.shape, sd.shape), validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """What is expected without noise."""
+        return self.centre
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> TorchDistribution:
+        """The same over a larger batch."""
+        return Noise(self.problem, self.centre.expand(batch_shape), self.sd.expand(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density (*batch)."""
+        value, mean, sd = torch.broadcast_tensors(value, self.centre, self.sd)
+        return ready.log_likelihood(self.problem, value, mean, sd)
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Measurements (*sample, *batch)."""
+        with torch.no_grad():
+            shape = self._extended_shape(torch.Size(sample_shape))
+            mean, sd = self.centre.expand(shape), self.sd.expand(shape)
+            kinds = self.problem.observables
+            columns = []
+            for k, each in enumerate(kinds):
+                made = (
+                    torch.distributions.Laplace
+                    if each.distribution == "laplace"
+                    else torch.distributions.Normal
+                )
+                error = made(torch.zeros_like(sd[..., k]), sd[..., k], validate_args=False).sample()
+                base = {"lin": 0.0, "log": 1.0, "log10": math.log(10.0)}[each.transformation]
+                columns.append(mean[..., k] * (base * error).exp() if base else mean[..., k] + error)
+            return torch.stack(columns, -1)
+
+
+def _seen(batch: Batch, theta: Tensor, form: Form) -> Simulated:
+    """The conditions of a batch, for theta (*draw, 1, parameter) or (parameter,)."""
+    draws = theta.squeeze(-2) if theta.dim() > 1 else theta
+    return simulated(
+        form,
+        draws,
+        batch.time,
+        rows=batch.index.get("condition"),
+        at_rest=batch.values.get("at_rest"),
+        override=batch.values.get("override"),
+    )
+
+
+def model(batch: Batch, prior: Any, nets: nn.Module, *, form: Form) -> None:
+    """The generative story of the module's docstring."""
+    theta = pyro.sample("theta", ParameterPrior(form.problem.estimated, batch.measured))
+    found, like = _seen(batch, theta, form), batch.measured
+    nets.count(found.ok)  # type: ignore[operator]
+    mean, sd = found.mean.to(like), found.sd.to(like)
+    with batch.plate("condition"):
+        pyro.factor("unsolved", torch.where(found.ok, 0.0, FLOOR).to(like))
+        with poutine.mask(mask=cast(Any, found.ok)):
+            batch.observe("measured", Noise(form.problem, mean, sd).to_event(2))
+
+
+def derive(
+    batch: Batch, prior: Any, nets: nn.Module, values: Mapping[str, Tensor], *, form: Form
+) -> dict[str, Tensor]:
+    """Of a draw: what is expected of each measurement, and whether the solution failed."""
+    found, like = _seen(batch, values["theta"], form), batch.measured
+    return {"expected": found.mean.to(like), "failed": (~found.ok).to(like)}
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A guide that begins at some values of theta."""
+
+    family: guides.Family
+    start: tuple[float, ...]
+
+    def build(self, sites: Sequence[Any], starts: Any, nesting: int) -> nn.Module:
+        """See ``Family.build``."""
+        at = dict(starts)
+        if self.start:
+            at["theta"] = [torch.as_tensor(self.start).to(at["theta"][0])]
+        return self.family.build(sites, at, nesting)
+
+
+def make(
+    problem: Problem | Mapping[str, Any],
+    *,
+    guide: Guide = "full rank",
+    start: Sequence[float] = (),
+    rtol: float = 1e-6,
+    atol: float = 1e-9,
+    max_steps: int = 2000,
+    method: Method = "auto",
+) -> Template:
+    """A template of a problem.
+
+    Args:
+        problem: or its ``to_dict``.
+        guide: "full rank", "low rank" or "mean field" normal of theta.
+        start: of theta, where the guide begins; the prior's centre if empty.
+        rtol: of a solution.
+        atol: of a solution, in the units of the states.
+        max_steps: of a solution.
+        method: of ``scivi.ode.solve``.
+
+    Raises:
+        TemplateError: the problem contradicts itself, or there is no such guide.
+    """
+    if isinstance(problem, Mapping):
+        problem = Problem.from_dict(problem)
+    faults = problem.faults()
+    if guide not in GUIDES:
+        faults.append(f'there is no guide "{guide}"; there are {", ".join(GUIDES)}')
+    n = len(problem.estimated)
+    if start and len(start) != n:
+        faults.append(f"start has {len(start)} numbers; {n} parameters are estimated")
+    if faults:
+        raise TemplateError(listed("the problem cannot be used:", faults))
+    form = Form(ready.prepare(problem), guide, tuple(map(float, start)), rtol, atol, max_steps, method)
+    settings = {name: getattr(form, name) for name in ("guide", "rtol", "atol", "max_steps", "method")}
+    settings |= {"problem": problem.to_dict(), "start": list(form.start)}
+    fields = {
+        "measured": Field(("condition", "moment", "observable"), "observed", doc="NaN where nothing was"),
+        "time": Field(("condition", "moment"), support=constraints.nonnegative, doc="in order"),
+        "at_rest": Field(
+            ("condition", "moment"),
+            doc="1 where the steady state was measured, whatever the time",
+            default=0.0,
+        ),
+    }
+    if problem.n_slots:
+        fields["override"] = Field(
+            ("condition", "moment", "observable", "slot"), doc="numbers of a measurement's own"
+        )
+    return Template(
+        name=problem.name,
+        fields=fields,
+        rows="condition",
+        model=partial(model, form=form),
+        dims={
+            "theta": ("parameter",),
+            "expected": ("condition", "moment", "observable"),
+            "failed": ("condition",),
+        },
+        guide=Begun(GUIDES[guide], form.start),
+        nets=_counter,
+        derive=partial(derive, form=form),
+        sizes={"parameter": n},
+        coords={"parameter": tuple(label(each) for each in problem.estimated)},
+        validate=partial(_validate, problem=problem),
+        distinct=True,
+        made=("domains.kinetics.kinetics:make", settings),
+    )
+
+
+def from_data(
+    data: Any, *, starts: int = 32, seed: int = 0, progress: bool = True, **options: Any
+) -> tuple[Template, dict[str, Any]]:
+    """The template of a PEtab problem, and the table for ``scivi.fit``.
+
+    From the command line: ``scivi fit domains.kinetics.kinetics:from_data problem.yaml --out results``.
+
+    Args:
+        data: path of a PEtab problem, its YAML file or the folder; or (problem, measurements).
+        starts: of the search for the best mode, at which the guide begins; 0 for none.
+        seed: of the search.
+        progress: show a progress bar of the search.
+        **options: of ``make``.
+
+    Raises:
+        DataError: listing every fault.
+        Unsupported: listing all that is not offered.
+    """
+    from domains.kinetics import petab_tables
+
+    problem, measured = data if isinstance(data, tuple) else petab_tables.read(data)
+    columns = table(measured)
+    template = make(problem, **options)
+    if starts and not options.get("start"):
+        found = search.modes(form_of(template), columns, starts=starts, seed=seed, progress=progress)
+        template = make(problem, **{**options, "start": found.theta[0].tolist()})
+    return template, columns
+
+
+def table(measured: Any) -> dict[str, Any]:
+    """The table that a template reads, of measurements as ``petab_tables.read`` gives them."""
+    time = np.asarray(measured["time"].values, float)
+    columns = {name: (a.dims, a.values) for name, a in measured.data_vars.items() if name != "time"}
+    columns |= {name: (a.dims, a.values) for name, a in measured.coords.items()}
+    dims = measured["time"].dims
+    for_ever = np.isinf(time)
+    if for_ever.any():
+        last = np.where(for_ever, 0.0, time).max(-1, keepdims=True)
+        columns["at_rest"] = (dims, for_ever.astype(float))
+        time = np.where(for_ever, last, time)
+    return {**columns, "time": (dims, time)}
+
+
+def form_of(template: Template) -> Form:
+    """What was fixed when a template was made by ``make``."""
+    return cast(Any, template.model).keywords["form"]
+
+
+def _counter(sizes: Mapping[str, int], prior: Any) -> nn.Module:
+    return Counter()
+
+
+def _validate(
+    values: Mapping[str, np.ndarray], coords: Mapping[str, np.ndarray], *, problem: Problem
+) -> list[str]:
+    if not {"time", "measured"} <= {*values}:  # told by the check of fields
+        return []
+    return faults_of_data(problem, values, coords)

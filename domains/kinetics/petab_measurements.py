@@ -1,0 +1,156 @@
+"""Measurements of a PEtab problem: their kinds, their experiments, and their labelled arrays."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from domains.kinetics import formulas
+from domains.kinetics.networks import Value
+from domains.kinetics.petab_cells import Row, as_value, is_empty, number
+from domains.kinetics.petab_problems import Observable, Problem
+
+_PLACEHOLDER = re.compile(r"\b(observable|noise)Parameter(\d+)_(\w+)\b")
+
+
+class Measured(NamedTuple):
+    """A measurement: its row and kind by number, and the numbers that it has for itself alone."""
+
+    row: int
+    kind: int
+    time: float
+    value: float
+    own: Sequence[float]
+
+
+def measurements(
+    tables: Mapping[str, Sequence[Row]], faults: list[str]
+) -> tuple[tuple[Observable, ...], tuple[tuple[str, str], ...], list[Measured]]:
+    """Kinds of measurement, rows, and the measurements."""
+    table = {row["observableId"]: row for row in tables["observable"]}
+    often = Counter(row["observableId"] for row in tables["observable"])
+    faults += [f'there are {n} observables "{name}"' for name, n in often.items() if n > 1]
+    kinds: dict[tuple[str, tuple[str, ...]], int] = {}
+    named: list[tuple[str, dict[str, Value]]] = []
+    rows: dict[tuple[str, str], int] = {}
+    found = []
+    for row in tables["measurement"]:
+        name, where = row["observableId"], row[""]
+        time, value = number(row, "time", faults), number(row, "measurement", faults)
+        if time is None or value is None or not (time >= 0 and math.isfinite(value)):
+            faults.append(
+                f'{where}: time is "{row["time"]}" and measurement "{row["measurement"]}"; '
+                "they must be a time >= 0 and a finite number"
+            )
+            continue
+        if name not in table:
+            faults.append(f'{where}: there is no observable "{name}"')
+            continue
+        if value <= 0 and _transformation(table[name]) != "lin":
+            faults.append(
+                f'{where}: measurement is {value:g}; on the log scale of "{name}" it must be above 0'
+            )
+        given = _placed(row, table[name], faults)
+        words = tuple(f"{k}={v}" for k, v in given.items() if isinstance(v, str))
+        if (name, words) not in kinds:
+            kinds[name, words] = len(named)
+            named.append((name, given))
+        before = row.get("preequilibrationConditionId", "")
+        pair = (row["simulationConditionId"], "" if is_empty(before) else before)
+        own = [v for v in given.values() if not isinstance(v, str)]
+        found.append(Measured(rows.setdefault(pair, len(rows)), kinds[name, words], time, value, own))
+    labels = _labels(named)
+    kinds_found = tuple(
+        _observable(table[n], given, label) for (n, given), label in zip(named, labels, strict=True)
+    )
+    return kinds_found, tuple(rows), found
+
+
+def _labels(named: Sequence[tuple[str, Mapping[str, Value]]]) -> list[str]:
+    """Name each kind of measurement: by its observable, and by the parameters that tell it from others."""
+    words = [{k: v for k, v in given.items() if isinstance(v, str)} for _, given in named]
+    short = [
+        f"{name}[{', '.join(of.values())}]" if of else name
+        for (name, _), of in zip(named, words, strict=True)
+    ]
+    full = [
+        f"{name}{[f'{k}={v}' for k, v in of.items()]}" for (name, _), of in zip(named, words, strict=True)
+    ]
+    once, often = Counter(name for name, _ in named), Counter(short)
+    return [
+        name if once[name] == 1 else a if often[a] == 1 else b
+        for (name, _), a, b in zip(named, short, full, strict=True)
+    ]
+
+
+def _placed(row: Row, observable: Row, faults: list[str]) -> dict[str, Value]:
+    """What a measurement puts in place of each placeholder of its observable."""
+    text = f"{observable['observableFormula']} {observable['noiseFormula']}"
+    needed = {(kind, int(k)) for kind, k, of in _PLACEHOLDER.findall(text) if of == row["observableId"]}
+    found: dict[str, Value] = {}
+    for kind in ("observable", "noise"):
+        cell = row.get(f"{kind}Parameters", "")
+        given = [] if is_empty(cell) else [each.strip() for each in cell.split(";")]
+        count = max((k for of, k in needed if of == kind), default=0)
+        if len(given) != count:
+            faults.append(f'{row[""]}: {kind}Parameters is "{cell}"; "{row["observableId"]}" needs {count}')
+            given = (given + ["1"] * count)[:count]
+        places = [f"{kind}Parameter{k + 1}_{row['observableId']}" for k in range(count)]
+        found |= {place: as_value(each) for place, each in zip(places, given, strict=True)}
+    bad = [k for k, v in found.items() if not isinstance(v, str) and not math.isfinite(v)]
+    faults += [f'{row[""]}: "{name}" is not finite' for name in bad]
+    return found
+
+
+def _observable(row: Row, given: Mapping[str, Value], label: str) -> Observable:
+    """A kind of measurement: named parameters in the placeholders, numbers left as slots."""
+    name = row["observableId"]
+    words = {place: value for place, value in given.items() if isinstance(value, str)}
+    formula = formulas.renamed(row["observableFormula"], words)
+    noise = formulas.renamed(row["noiseFormula"], {**words, name: f"({formula})"})
+    return Observable(
+        label,
+        formula,
+        noise,
+        _transformation(row),
+        "normal" if is_empty(row.get("noiseDistribution", "")) else row["noiseDistribution"],
+        tuple(place for place, value in given.items() if not isinstance(value, str)),
+    )
+
+
+def _transformation(row: Row) -> str:
+    text = row.get("observableTransformation", "")
+    return "lin" if is_empty(text) else text
+
+
+def dataset(problem: Problem, found: Sequence[Measured]) -> xr.Dataset:
+    """Measurements as arrays, as ``petab_tables.read`` says."""
+    moments: list[list[float]] = []
+    for row in range(len(problem.rows)):
+        often = Counter((each.time, each.kind) for each in found if each.row == row)
+        most = Counter[float]()
+        for (time, _), n in often.items():
+            most[time] = max(most[time], n)
+        moments.append([time for time in sorted(most) for _ in range(most[time])])
+    size = max(map(len, moments))
+    time = np.array([each + each[-1:] * (size - len(each)) for each in moments])
+    measured = np.full((len(problem.rows), size, len(problem.observables)), np.nan)
+    override = np.ones((*measured.shape, problem.n_slots))
+    taken = Counter[tuple[int, int, float]]()
+    for row, kind, at, value, own in found:
+        place = moments[row].index(at) + taken[row, kind, at]
+        taken[row, kind, at] += 1
+        measured[row, place, kind] = value
+        override[row, place, kind, : len(own)] = own
+    variables: dict[str, Any] = {"time": (("condition", "moment"), time)}
+    variables["measured"] = (("condition", "moment", "observable"), measured)
+    if problem.n_slots:
+        variables["override"] = (("condition", "moment", "observable", "slot"), override)
+    coords = {"condition": list(problem.labels), "observable": [each.name for each in problem.observables]}
+    return xr.Dataset(variables, coords)

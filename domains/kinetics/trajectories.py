@@ -1,0 +1,131 @@
+"""Of a posterior: states and observables between the measurements, and which directions the data fix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from domains.kinetics.kinetics import form_of
+from domains.kinetics.search import target_of
+from domains.kinetics.simulation import label, simulated
+from scivi.errors import DataError
+from scivi.models import Template
+
+DRAWS, TIMES = 200, 200  # enough for a band whose ends are quantiles of 5 and 95 % (our choice)
+
+
+def _theta(result: xr.DataTree, draws: int) -> torch.Tensor:
+    """Some draws (draw, parameter), evenly spread."""
+    if "theta" not in result["posterior"]:
+        raise DataError('the result has no "theta": it is of another template.')
+    flat = (
+        result["posterior"]["theta"].stack(sample=("chain", "draw")).transpose("sample", "parameter").values
+    )
+    some = np.linspace(0, len(flat) - 1, min(draws, len(flat))).round().astype(int)
+    return torch.as_tensor(flat[some], dtype=torch.float64)
+
+
+def bands(
+    template: Template,
+    result: xr.DataTree,
+    times: Sequence[float] | None = None,
+    *,
+    probs: Sequence[float] = (0.05, 0.5, 0.95),
+    draws: int = DRAWS,
+) -> xr.Dataset:
+    """Quantiles of states and of what is expected of observables, at any times.
+
+    Args:
+        template: made by ``kinetics.make``.
+        result: of ``scivi.draw`` or ``scivi.nuts``.
+        times: in order, in the problem's unit; from 0 to the last that was measured if not given.
+        probs: of the quantiles.
+        draws: of the posterior that are solved.
+
+    Returns:
+        ``state`` (prob, condition, time, species) and ``expected`` (prob, condition, time, observable);
+        ``failed``, the share of solutions that did not come through (condition,).
+    """
+    form = form_of(template)
+    problem = form.problem
+    if times is None:
+        last = np.asarray(result["constant_data"]["time"]).max()
+        times = np.linspace(0.0, last, TIMES).tolist()
+    assert times is not None
+    grid = torch.as_tensor(times, dtype=torch.float64).expand(len(problem.rows), -1)
+    with torch.no_grad():
+        found = simulated(form, _theta(result, draws), grid)
+    ok = found.ok[..., None, None].numpy()
+    state, expected = (np.where(ok, x.numpy(), np.nan) for x in (found.y, found.mean))
+    coords = {
+        "prob": list(probs),
+        "condition": list(problem.labels),
+        "time": list(times),
+        "species": list(problem.network.species),
+        "observable": [each.name for each in problem.observables],
+    }
+    columns = {
+        "state": (("prob", "condition", "time", "species"), np.nanquantile(state, probs, axis=0)),
+        "expected": (("prob", "condition", "time", "observable"), np.nanquantile(expected, probs, axis=0)),
+        "failed": (("condition",), 1.0 - found.ok.double().mean(0).numpy()),
+    }
+    return xr.Dataset(columns, coords)
+
+
+def identifiability(template: Template, result: xr.DataTree, table: Any) -> xr.Dataset:
+    """What the measurements say of each direction in the space of parameters, beside what the prior says.
+
+    The eigenvectors of the information that is expected of the measurements at the posterior's median, on the
+    unbounded scale, and the curvature of the prior there. A direction of which the prior says more than the
+    data is not identified by them, whatever the intervals look like.
+
+    Args:
+        template: made by ``kinetics.make``.
+        result: of ``scivi.draw`` or ``scivi.nuts``.
+        table: of the measurements, as the template reads it.
+
+    Returns:
+        By ``direction``, least known first: ``information`` of the data, ``prior`` of the prior, ``ok`` (the
+        data say more), and ``loading`` (direction, parameter).
+    """
+    form = form_of(template)
+    target = target_of(form, table)
+    median = _theta(result, DRAWS).median(0).values
+    x = target.unbounded(median).unsqueeze(0)
+    data, prior = (part[0] for part in target.curvatures(x))
+    values, vectors = torch.linalg.eigh(data)
+    of_prior = (vectors * (prior @ vectors)).sum(0)
+    names = [label(each) for each in form.problem.estimated]
+    columns = {
+        "information": (("direction",), values.clamp_min(0.0).numpy()),
+        "prior": (("direction",), of_prior.numpy()),
+        "ok": (("direction",), (values > of_prior).numpy()),
+        "loading": (("direction", "parameter"), vectors.T.numpy()),
+    }
+    return xr.Dataset(columns, {"parameter": names})
+
+
+def plot_bands(found: xr.Dataset, result: xr.DataTree, condition: str | None = None) -> Any:
+    """What is expected of each observable, with its band, and the measurements; a figure of matplotlib."""
+    import matplotlib.pyplot as plt
+
+    condition = condition or str(found["condition"].values[0])
+    here = found.sel(condition=condition)
+    names = [str(name) for name in found["observable"].values]
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.6 * len(names), 3.0), squeeze=False, layout="constrained"
+    )
+    data = result["observed_data"]["measured"].sel(condition=condition)
+    time = result["constant_data"]["time"].sel(condition=condition)
+    for axis, name in zip(axes[0], names, strict=True):
+        low, middle, high = here["expected"].sel(observable=name).quantile([0.0, 0.5, 1.0], "prob").values
+        axis.fill_between(here["time"], low, high, alpha=0.3, lw=0, label="expected, 90 %")
+        axis.plot(here["time"], middle, lw=1.2)
+        axis.plot(time, data.sel(observable=name), "o", ms=3.5, color="black", label="measured")
+        axis.set(title=name, xlabel="time")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,193 @@
+"""The kinetics template: posteriors against posteriordb's, failures, and what users get."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+import scivi
+from domains.kinetics import kinetics, predators, search, trajectories
+from domains.kinetics.networks import network
+from domains.kinetics.petab_problems import Observable, Parameter, Problem
+from scivi.errors import DataError, FitError, TemplateError
+
+DATA = Path(__file__).resolve().parents[3] / "data" / "kinetics"
+OURS = {"a": "theta[1]", "b": "theta[2]", "g": "theta[3]", "d": "theta[4]"}
+OURS |= {"u0": "z_init[1]", "v0": "z_init[2]", "sd_u": "sigma[1]", "sd_v": "sigma[2]"}
+
+
+@cache
+def lynx() -> tuple[scivi.Template, dict[str, Any]]:
+    measured = predators.read(DATA / "lynx_hare" / "hudson_lynx_hare.json")
+    return kinetics.from_data((predators.problem(), measured), starts=6, progress=False)
+
+
+def reference() -> pd.DataFrame:
+    return pd.read_csv(DATA / "lynx_hare" / "reference_summary.csv", index_col="parameter")
+
+
+def against_reference(result: xr.DataTree) -> tuple[np.ndarray, np.ndarray]:
+    """Shift of the means of the values in reference sd, and ratio of sd, by parameter."""
+    theta, table = result["posterior"]["theta"], reference()
+    values = {name.split()[1]: np.exp(theta.sel(parameter=name).values) for name in theta["parameter"].values}
+    shift, ratio = [], []
+    for ours, theirs in OURS.items():
+        row = table.loc[theirs]
+        shift.append((values[ours].mean() - row["mean"]) / row["sd"])
+        ratio.append(values[ours].std() / row["sd"])
+    return np.array(shift), np.array(ratio)
+
+
+def test_the_best_of_many_starts_is_found_more_than_once():
+    template, table = lynx()
+    found = search.modes(kinetics.form_of(template), table, starts=8, seed=3)
+    best = float(found.log_density[0])
+    assert int((found.log_density > best - 0.1).sum()) >= 2
+    # at a mode no direction climbs: Newton's step from there gains nothing that matters
+    target = search.target_of(kinetics.form_of(template), table)
+    x = target.unbounded(found.theta[:1])
+    _, _, slope = target.slope(x)
+    gain = float((slope.unsqueeze(1) @ found.covariance[:1] @ slope.unsqueeze(2)).squeeze())
+    assert abs(gain) < 1e-2
+
+
+@pytest.mark.slow
+def test_svi_of_predator_and_prey_against_posteriordb():
+    """Reference: 10,000 draws, whose own error is .01 sd; ours, 4000 independent ones, .016."""
+    template, table = lynx()
+    fit = scivi.fit(template, table, scivi.Plan(steps=200, stop=None, lr=5e-3), progress=False)
+    result = scivi.draw(fit, table, 4000)
+    shift, ratio = against_reference(result)
+    assert np.abs(shift).max() < 0.2
+    assert ratio.min() > 0.8
+    assert ratio.max() < 1.25
+    assert float(result["posterior"]["failed"].sum()) == 0
+    k_hat = scivi.analysis.reliability(result)
+    assert float(k_hat["k_hat"].max()) < 0.7
+
+
+def decay(**changes: Any) -> Problem:
+    """A -> B at k, of which A is seen."""
+    made = network({"A -> B": "k"}, initial={"A": 1.0, "B": 0.0}, parameters={"k": 1.0})
+    parameters = (Parameter("k", "log10", 1e-3, 1e3, 1.0), Parameter("sd", "lin", 0.01, 1.0, 0.1))
+    seen = (Observable("A seen", "A", "sd"),)
+    return replace(Problem(made, parameters, seen, {"c": {}}, (("c", ""),)), **changes)
+
+
+def decayed(n: int = 8) -> dict[str, Any]:
+    time = np.linspace(0.1, 2.0, n)
+    noise = 0.05 * np.random.default_rng(0).standard_normal(n)
+    return {
+        "time": (("condition", "moment"), time[None]),
+        "measured": (("condition", "moment", "observable"), (np.exp(-time) + noise)[None, :, None]),
+        "condition": (("condition",), ["c"]),
+        "observable": (("observable",), ["A seen"]),
+    }
+
+
+def test_every_law_holds():
+    template = kinetics.make(decay(), method="rodas5p")
+    table = decayed()
+    dataset = xr.Dataset({k: v for k, v in table.items() if k in ("time", "measured")})
+    assert dataset.sizes["condition"] == 1
+    fit = scivi.fit(template, table, scivi.Plan(steps=3, stop=None), progress=False)
+    result = scivi.draw(fit, table, 20)
+    assert result["posterior"]["theta"].dims == ("chain", "draw", "parameter")
+    assert result["posterior"]["theta"]["parameter"].values.tolist() == ["log10 k", "sd"]
+    assert result["posterior"]["expected"].dims == ("chain", "draw", "condition", "moment", "observable")
+
+
+def test_posterior_of_a_decay_is_that_of_a_grid():
+    """Two parameters on a grid of 400 x 400 by numpy: means within .1 sd, sd within 10 %."""
+    template, table = kinetics.from_data((decay(), dataset_of(decayed())), starts=8, progress=False)
+    fit = scivi.fit(template, table, scivi.Plan(steps=150, stop=None, lr=5e-3), progress=False)
+    theta = scivi.draw(fit, table, 4000)["posterior"]["theta"].values[0]
+    log_k, sd = np.linspace(-1, 1, 400), np.linspace(0.01, 0.3, 400)
+    time, measured = table["time"][1][0], table["measured"][1][0, :, 0]
+    residual = measured - np.exp(-(10 ** log_k[:, None]) * time)
+    log_p = -(residual**2).sum(1)[:, None] / (2 * sd**2) - len(time) * np.log(sd)
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    for k, (axis, grid) in enumerate(((1, log_k), (0, sd))):
+        weight = p.sum(axis)
+        mean = (grid * weight).sum()
+        spread = np.sqrt(((grid - mean) ** 2 * weight).sum())
+        if k == 0:
+            assert abs(theta[:, 0].mean() - mean) < 0.1 * spread
+            assert theta[:, 0].std() == pytest.approx(spread, rel=0.1)
+        else:  # skewed, and cut at .01: a normal on the unbounded scale is a fair picture of it
+            assert abs(theta[:, 1].mean() - mean) < 0.3 * spread
+
+
+def dataset_of(table: dict[str, Any]) -> xr.Dataset:
+    return xr.Dataset(
+        {k: table[k] for k in ("time", "measured")}, {k: table[k][1] for k in ("condition", "observable")}
+    )
+
+
+def test_a_failed_solution_has_a_floor_and_no_gradient():
+    form = kinetics.form_of(kinetics.make(decay(), max_steps=2, method="rodas5p"))
+    target = search.target_of(form, decayed())
+    value, _, slope = target.slope(torch.zeros(3, 2, dtype=torch.float64))
+    assert (value < -1e7).all()
+    assert torch.isfinite(slope).all()
+    found = kinetics.simulated(form, torch.zeros(3, 2), torch.tensor([[0.5, 5.0]]))
+    assert not found.ok.any()
+    assert torch.isfinite(found.mean).all()
+
+
+def test_a_fit_that_fails_too_often_ends_with_advice():
+    template = kinetics.make(decay(), max_steps=2, method="rodas5p")
+    with pytest.raises(FitError, match=r"solutions failed, and 1% may\. Narrow the bounds"):
+        scivi.fit(template, decayed(), scivi.Plan(steps=150, stop=None), progress=False)
+
+
+def test_a_saved_fit_finds_its_template(tmp_path):
+    template, table = kinetics.make(decay(), method="rodas5p"), decayed()
+    fit = scivi.fit(template, table, scivi.Plan(steps=2, stop=None), progress=False)
+    scivi.save(fit, tmp_path / "fit")
+    again = scivi.load(tmp_path / "fit")
+    first, second = (scivi.draw(each, table, 10)["posterior"]["theta"].values for each in (fit, again))
+    np.testing.assert_array_equal(first, second)
+    json.dumps(dict(template.made[1]))
+
+
+def test_bands_and_directions():
+    """B alone is seen after it has all come: the rate cannot be known, and the direction of it is named."""
+    problem = replace(decay(), observables=(Observable("B seen", "B", "sd"),))
+    table = decayed() | {
+        "time": (("condition", "moment"), np.linspace(50.0, 60.0, 8)[None]),
+        "measured": (("condition", "moment", "observable"), np.full((1, 8, 1), 1.01)),
+        "observable": (("observable",), ["B seen"]),
+    }
+    template = kinetics.make(problem, method="rodas5p", start=(0.5, 0.1))
+    fit = scivi.fit(template, table, scivi.Plan(steps=5, stop=None), progress=False)
+    result = scivi.draw(fit, table, 50)
+    found = trajectories.bands(template, result, [0.0, 1.0, 100.0])
+    assert found["state"].dims == ("prob", "condition", "time", "species")
+    np.testing.assert_allclose(found["state"].sel(time=0.0, species="A").values, 1.0)
+    assert (found["expected"].diff("prob") >= 0).all()
+    directions = trajectories.identifiability(template, result, table)
+    assert directions["ok"].values.tolist() == [False, True]
+    assert abs(float(directions["loading"].sel(parameter="log10 k")[0])) > 0.99
+
+
+def test_bad_input_is_one_error():
+    with pytest.raises(TemplateError) as told:
+        kinetics.make(
+            replace(decay(), parameters=(Parameter("k", "log10", -1.0, 3.0),)), guide="full", start=(1.0, 2.0)
+        )
+    for words in ("no guide", "start has 2 numbers; 1 parameters", "must be above 0", '"sd"'):
+        assert words in str(told.value)
+    table = decayed() | {"time": (("condition", "moment"), np.linspace(2.0, 0.1, 8)[None])}
+    with pytest.raises(DataError, match="out of order"):
+        scivi.fit(kinetics.make(decay()), table, scivi.Plan(steps=1), progress=False)
