@@ -2,7 +2,7 @@
 
     python benchmarks/citeseq_memory.py --json citeseq_memory.json
 
-The blood cells of ``citeseq_vs_totalvi --full``, 4,000 genes and 14 proteins, as they are and ten times over,
+The blood cells of ``citeseq_vs_totalvi --full``, 4,000 genes and 14 proteins, five and 15 times over,
 each with a name of its own, as a .h5ad with RNA in CSR. Every measurement has a process of its own, which
 opens the file and fits --steps steps of 128 cells (totalVI as many of its own batches of 256): ours from the
 cells in memory (``resident``), ours from the path, which leaves RNA on disk (``backed``), and totalVI from
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--times", type=int, nargs=2, default=[1, 10], help="how often the cells are taken")
+    parser.add_argument("--times", type=int, nargs=2, default=[5, 15], help="how often the cells are taken")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--data", type=Path, default=DATA, help="the cells")
     parser.add_argument("--folder", type=Path, help="where files are made for the while")
