@@ -17,7 +17,6 @@ Figures, the worst or the least of the seeds:
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import anndata
 import numpy as np
 from citeseq_vs_totalvi import PLAN
-from record import use_threads, write_json
+from record import arguments, use_threads, write_json
 
 import scivi
 from domains.genomics import cells, citeseq
@@ -72,15 +71,7 @@ def compare(droplets: Any, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--data", type=Path, default=DATA, help="droplets with obs is_empty, var is_isotype")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    given = parser.parse_args()
-    if not given.data.exists():
-        raise SystemExit(f'there is no "{given.data}": name the droplets by --data.')
+    given = arguments(__doc__, DATA, seeds=2)
     use_threads()
     droplets = anndata.read_h5ad(given.data)
     figures: dict[str, float] = {}

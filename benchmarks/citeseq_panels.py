@@ -17,7 +17,6 @@ Figures:
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 from citeseq_scores import Cells, read
 from citeseq_vs_totalvi import PLAN
-from record import use_threads, write_json
+from record import arguments, use_threads, write_json
 from scipy.stats import spearmanr
 
 import scivi
@@ -103,15 +102,7 @@ def compare(cells: Cells, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--data", type=Path, default=DATA, help="the labelled cells")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    given = parser.parse_args()
-    if not given.data.exists():
-        raise SystemExit(f'there is no "{given.data}": name the cells by --data.')
+    given = arguments(__doc__, DATA, seeds=1)
     use_threads()
     cells, figures, rounds = read(given.data, full=False), {}, []
     for seed in range(given.seeds):

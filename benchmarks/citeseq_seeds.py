@@ -19,16 +19,14 @@ Figures:
 
 from __future__ import annotations
 
-import argparse
 import math
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from citeseq_scores import Cells, foreground_scores, read
 from citeseq_vs_totalvi import DATA, PLAN, table_of
-from record import use_threads, write_json
+from record import arguments, use_threads, write_json
 
 import scivi
 from domains.genomics import citeseq
@@ -66,15 +64,7 @@ def one(cells: Cells, seed: int) -> tuple[dict[str, float], np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--data", type=Path, default=DATA, help="the labelled cells")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    given = parser.parse_args()
-    if not given.data.exists():
-        raise SystemExit(f'there is no "{given.data}": name the cells by --data.')
+    given = arguments(__doc__, DATA, seeds=20)
     use_threads()
     cells, rounds, chances = read(given.data, full=False), [], []
     for seed in range(given.seeds):

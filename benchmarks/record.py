@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -22,6 +23,18 @@ def use_threads(count: int = THREADS) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
     os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={count}"
     torch.set_num_threads(count)
+
+
+def arguments(doc: str | None, data: Path, *, seeds: int) -> argparse.Namespace:
+    """What a benchmark over seeds is told, --seeds, --data and --json; ends the process without data."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds, help="how many")
+    parser.add_argument("--data", type=Path, default=data, help="what it reads")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    given = parser.parse_args()
+    if not given.data.exists():
+        raise SystemExit(f'there is no "{given.data}": name it by --data.')
+    return given
 
 
 def environment() -> dict[str, str | int | float]:

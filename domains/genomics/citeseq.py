@@ -24,6 +24,8 @@ background in nothing.
 Entries of y may be missing, protein by protein and cell by cell. While fitting, proteins are hidden from the
 encoder at random, so that cells of other panels can be read too.
 
+Longer than 400 lines because model, guide and the making of both from data are to be read in one place.
+
 References:
     Gayoso et al. 2021, Nature Methods 18, 272, doi:10.1038/s41592-020-01050-x (the mixture, joint with RNA).
     Lopez et al. 2018, Nature Methods 15, 1053, doi:10.1038/s41592-018-0229-2 (RNA).

@@ -82,7 +82,7 @@ class Prior:
     ambient_sd: float = 0.5  # ln count; of the background level about the panel's
     kappa: float = -0.5  # ln; a cell's background over that of an empty droplet (see docs/citeseq.md)
     kappa_sd: float = 0.5  # ln
-    kappa_protein_sd: float = 0.2  # ln; by how much a protein's own differs: .2 in the cells of Mule et al.
+    kappa_protein_sd: float = 0.2  # ln; by how much a protein's own differs from it
     scatter: float = 0.5  # ln; half-normal scale of the background's scatter, and of the droplets' factor
     protein_dispersion: float = (
         6.0  # centre of the proteins' inverse dispersions; 6.6 in Mule et al.'s empties

@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import pyro
@@ -37,7 +37,7 @@ from domains.kinetics import experiments as ready
 from domains.kinetics import search
 from domains.kinetics.petab_problems import Problem, faults_of_data
 from domains.kinetics.priors import ParameterPrior
-from domains.kinetics.simulation import FLOOR, Form, Guide, Simulated, label, simulated
+from domains.kinetics.simulation import FLOOR, Form, Simulated, label, simulated
 from scivi.errors import FitError, TemplateError, listed
 from scivi.inputs.fields import Field
 from scivi.models import Batch, Template, guides
@@ -46,6 +46,7 @@ from scivi.ode.solve import Method
 
 # Runs of the model before failures are looked at; share of solutions that may fail; solutions looked back on.
 WARM_UP, MOST_FAILED, WINDOW = 20, 0.01, 1000  # our choices
+Guide = Literal["full rank", "low rank", "mean field"]
 GUIDES: dict[str, guides.Family] = {
     "full rank": JointNormal(),
     "low rank": JointNormal(rank=4),
@@ -66,17 +67,19 @@ class Counter(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     def count(self, ok: Tensor) -> None:
-        """Add what a run of the model came to.
+        """Add what a run of the model came to while fitting.
 
         Raises:
             FitError: more than one in a hundred failed, after the first runs.
         """
+        if not self.training:  # a fit stays as it is when it is drawn from
+            return
         keep = max(0.0, 1.0 - ok.numel() / WINDOW)
         self.runs += 1
         self.solutions.mul_(keep).add_(ok.numel())
         self.failed.mul_(keep).add_(int((~ok).sum()))
         share = float(self.failed / self.solutions)
-        if self.training and float(self.runs) > WARM_UP and share > MOST_FAILED:
+        if float(self.runs) > WARM_UP and share > MOST_FAILED:
             raise FitError(
                 f"{share:.1%} of the last solutions failed, and {MOST_FAILED:.0%} may. Narrow the bounds or "
                 "priors of the parameters, raise max_steps, or loosen rtol."
@@ -214,9 +217,9 @@ def make(
         faults.append(f"start has {len(start)} numbers; {n} parameters are estimated")
     if faults:
         raise TemplateError(listed("the problem cannot be used:", faults))
-    form = Form(ready.prepare(problem), guide, tuple(map(float, start)), rtol, atol, max_steps, method)
-    settings = {name: getattr(form, name) for name in ("guide", "rtol", "atol", "max_steps", "method")}
-    settings |= {"problem": problem.to_dict(), "start": list(form.start)}
+    form = Form(ready.prepare(problem), rtol, atol, max_steps, method)
+    settings = {name: getattr(form, name) for name in ("rtol", "atol", "max_steps", "method")}
+    settings |= {"problem": problem.to_dict(), "guide": guide, "start": list(map(float, start))}
     fields = {
         "measured": Field(("condition", "moment", "observable"), "observed", doc="NaN where nothing was"),
         "time": Field(("condition", "moment"), support=constraints.nonnegative, doc="in order"),
@@ -240,7 +243,7 @@ def make(
             "expected": ("condition", "moment", "observable"),
             "failed": ("condition",),
         },
-        guide=Begun(GUIDES[guide], form.start),
+        guide=Begun(GUIDES[guide], tuple(map(float, start))),
         nets=_counter,
         derive=partial(derive, form=form),
         sizes={"parameter": n},

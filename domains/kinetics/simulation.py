@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,23 +16,18 @@ from scivi.ode import Solution, solve, steady
 from scivi.ode.solve import Method
 
 FLOOR = -1e8  # nats of a condition whose solution failed: below whatever is plausible (our choice)
-Guide = Literal["full rank", "low rank", "mean field"]
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What was fixed when a template was made.
+    """What is solved, and how.
 
     Args:
         made: the problem made ready.
-        guide: name of the family.
-        start: of theta, where the guide begins; empty for the prior's centre.
         rtol, atol, max_steps, method: of ``scivi.ode.solve``.
     """
 
     made: Experiments
-    guide: Guide = "full rank"
-    start: tuple[float, ...] = ()
     rtol: float = 1e-6
     atol: float = 1e-9
     max_steps: int = 2000

@@ -116,15 +116,18 @@ def plot_bands(found: xr.Dataset, result: xr.DataTree, condition: str | None = N
     condition = condition or str(found["condition"].values[0])
     here = found.sel(condition=condition)
     names = [str(name) for name in found["observable"].values]
+    inside = float(found["prob"][-1] - found["prob"][0])
     figure, axes = plt.subplots(
         1, len(names), figsize=(3.6 * len(names), 3.0), squeeze=False, layout="constrained"
     )
     data = result["observed_data"]["measured"].sel(condition=condition)
     time = result["constant_data"]["time"].sel(condition=condition)
     for axis, name in zip(axes[0], names, strict=True):
-        low, middle, high = here["expected"].sel(observable=name).quantile([0.0, 0.5, 1.0], "prob").values
-        axis.fill_between(here["time"], low, high, alpha=0.3, lw=0, label="expected, 90 %")
-        axis.plot(here["time"], middle, lw=1.2)
+        curves = here["expected"].sel(observable=name).values  # (prob, time)
+        axis.fill_between(
+            here["time"], curves[0], curves[-1], alpha=0.3, lw=0, label=f"expected, {inside:.0%}"
+        )
+        axis.plot(here["time"], curves[len(curves) // 2], lw=1.2)
         axis.plot(time, data.sel(observable=name), "o", ms=3.5, color="black", label="measured")
         axis.set(title=name, xlabel="time")
     axes[0, 0].legend(frameon=False, fontsize=8)

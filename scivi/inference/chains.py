@@ -165,9 +165,9 @@ class _Meeting:
 
     def serve(self) -> None:
         """Answer until all chains have ended. Called in the thread that torch is used in."""
+        waiting: list[tuple[Tensor, Future[tuple[Tensor, Tensor]]]] = []
         try:
             while self.running:
-                waiting = []
                 while self.running and len(waiting) < self.running:  # each asks again at once, or ends
                     if (got := self.asked.get()) is None:
                         self.running -= 1
@@ -180,11 +180,11 @@ class _Meeting:
                     waiting.clear()
         finally:
             self.closed = True
-            for got in waiting:
-                got[1].cancel()
             while not self.asked.empty():
                 if (got := self.asked.get()) is not None:
-                    got[1].cancel()
+                    waiting.append(got)
+            for _, answer in waiting:
+                answer.cancel()
 
 
 def nutpie_chains(

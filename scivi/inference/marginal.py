@@ -409,14 +409,10 @@ def log_joint(bound: Bound, module: JointNormalGuide, theta: Tensor, batches: Se
             population = _population(module, at, batch)
             model = run_model(bound, batch, latent_values(population))
         total = total + sum(_rows(model, bound, batch, row).sum(1).expand(n) for row in rows)
-        if number == 0:
-            for sign, trace in ((1, model), (-1, population)):
-                own = [
-                    s
-                    for name, s in sample_sites(trace)
-                    if name != module.name and row_dim_of(s, rows) is None
-                ]
-                total = total + sign * sum(by_particle(log_prob(s), nesting).expand(n).double() for s in own)
+        for sign, trace in ((1, model), (-1, population)) if number == 0 else ():  # globals count once
+            for name, site in sample_sites(trace):
+                if name != module.name and row_dim_of(site, rows) is None:
+                    total = total + sign * by_particle(log_prob(site), nesting).expand(n).double()
     return total
 
 

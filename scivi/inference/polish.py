@@ -99,29 +99,23 @@ def _posteriors(
     plan: marginal.Layout,
     per_dim: int,
 ) -> Tensor:
-    """The same of several globals (point, D); at once, where rows are few and have no latents."""
+    """Log posterior density of globals (point, D), up to a constant, with every row integrated, (point,).
+
+    Points are worked out at once where rows have no latents and are few, else one by one.
+    """
+    at = theta.to(module.loc)
     batches = [] if plan.sites else list(rows.all(per_dim))
     at_once = ENTRIES_AT_ONCE // max(1, sum(v.numel() for b in batches for v in b.values.values()))
-    if not batches or at_once < 2:
-        return torch.stack([_posterior(bound, module, t, rows, plan, per_dim) for t in theta])
-    parts = [marginal.log_joint(bound, module, some, batches) for some in theta.split(at_once)]
-    return torch.cat(parts)
-
-
-def _posterior(
-    bound: Bound,
-    module: marginal.JointNormalGuide,
-    theta: Tensor,
-    rows: marginal.Rows,
-    plan: marginal.Layout,
-    per_dim: int,
-) -> Tensor:
-    """Log posterior density of the globals, up to a constant, with every row integrated."""
-    at = theta.to(module.loc)
-    parts = [
-        marginal.log_marginal(bound, module, at, batch, plan, per_dim).double() for batch in rows.all(per_dim)
-    ]
-    return marginal.log_prior(bound, module, at, bound.example).double() + sum(parts)
+    if batches and at_once > 1:
+        return torch.cat([marginal.log_joint(bound, module, some, batches) for some in at.split(at_once)])
+    found = []
+    for point in at:
+        parts = (
+            marginal.log_marginal(bound, module, point, batch, plan, per_dim).double()
+            for batch in rows.all(per_dim)
+        )
+        found.append(marginal.log_prior(bound, module, point, bound.example).double() + sum(parts))
+    return torch.stack(found)
 
 
 def _truncated(log_weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Derivatives of a solution by playing its steps again: exact for the steps that were taken.
 
 The step sizes are held. For small systems all steps' transition matrices are found at once and chained
-(``at_once``); for large ones the adjoint goes back step by step.
+(``_at_once``); for large ones the adjoint goes back step by step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from scivi.ode.path import Path
 from scivi.ode.rodas import GAMMA, N_STAGES, Step, Weights, solved, stages, weights, within
 from scivi.ode.system import System
 
-AT_ONCE = 8000  # entries of one step's matrices, B n^2, up to which all steps are done at once (measured)
-NUMBERS = 2**24  # that may be held of all steps' matrices: 128 MB
+AT_ONCE = 8000  # entries of one step's matrices, B n^2, up to which all steps are done at once (our choice)
+NUMBERS = 2**24  # that may be held of all steps' matrices: 128 MB (our choice)
 
 
 @torch.no_grad()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from citeseq_simulated import SIMULATION, loaded
 from scipy import stats
 
 import scivi
 from domains.genomics import citeseq
 
-TOOL = Path(__file__).parents[3] / ".." / "shared" / "tools" / "citeseq_sim.py"
 STEPS = 500
 PLAN = scivi.Plan(
     steps=STEPS,
@@ -29,14 +27,9 @@ PLAN = scivi.Plan(
 
 
 def simulator() -> Any:
-    if not TOOL.exists():
+    if not SIMULATION.exists():
         pytest.skip("the simulation and its scores lie outside of the repository, and are not here")
-    spec = importlib.util.spec_from_file_location("citeseq_sim", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(SIMULATION)
 
 
 def area_under_roc(score: np.ndarray, true: np.ndarray) -> float:

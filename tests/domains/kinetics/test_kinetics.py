@@ -19,6 +19,7 @@ from domains.kinetics import kinetics, predators, search, trajectories
 from domains.kinetics.networks import network
 from domains.kinetics.petab_problems import Observable, Parameter, Problem
 from scivi.errors import DataError, FitError, TemplateError
+from scivi.inference import marginal
 
 DATA = Path(__file__).resolve().parents[3] / "data" / "kinetics"
 OURS = {"a": "theta[1]", "b": "theta[2]", "g": "theta[3]", "d": "theta[4]"}
@@ -94,16 +95,64 @@ def decayed(n: int = 8) -> dict[str, Any]:
     }
 
 
-def test_every_law_holds():
-    template = kinetics.make(decay(), method="rodas5p")
-    table = decayed()
-    dataset = xr.Dataset({k: v for k, v in table.items() if k in ("time", "measured")})
-    assert dataset.sizes["condition"] == 1
+def test_results_are_labelled_by_parameters_on_their_scales():
+    template, table = kinetics.make(decay(), method="rodas5p"), decayed()
     fit = scivi.fit(template, table, scivi.Plan(steps=3, stop=None), progress=False)
     result = scivi.draw(fit, table, 20)
     assert result["posterior"]["theta"].dims == ("chain", "draw", "parameter")
     assert result["posterior"]["theta"]["parameter"].values.tolist() == ["log10 k", "sd"]
     assert result["posterior"]["expected"].dims == ("chain", "draw", "condition", "moment", "observable")
+
+
+def test_several_points_at_once_have_the_density_of_each():
+    """Of the joint normal's globals: prior, transforms and rows; float32 of a density of some tens."""
+    template, table = kinetics.make(decay(), method="rodas5p"), decayed()
+    fit = scivi.fit(template, table, scivi.Plan(steps=2, stop=None), progress=False)
+    module, layout = marginal.global_module(fit.bound), marginal.layout(fit.bound, fit.bound.example)
+    assert module is not None
+    batch = fit.bound.example
+    points = module.loc + 0.1 * torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = marginal.log_joint(fit.bound, module, points, [batch])
+        alone = [
+            marginal.log_prior(fit.bound, module, t, batch)
+            + marginal.log_marginal(fit.bound, module, t, batch, layout, 3)
+            for t in points
+        ]
+    torch.testing.assert_close(together, torch.stack(alone).double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_nuts_runs_where_equations_cannot_be_captured():
+    """The decay's rate against the same grid: 4 x 150 draws, an error of a mean of about .06 sd."""
+    pytest.importorskip("nutpie", reason="chains side by side are nutpie's")
+    template, table = kinetics.make(decay(), method="rodas5p"), decayed()
+    result = scivi.nuts(template, table, draws=150, warmup=150, chains=4, seed=1, progress=False)
+    mean, spread = grid_of_log_k(table)
+    log_k = result["posterior"]["theta"].sel(parameter="log10 k").values
+    assert log_k.shape == (4, 150)
+    assert abs(log_k.mean() - mean) < 0.25 * spread
+    assert log_k.std() == pytest.approx(spread, rel=0.2)
+
+
+def grid_of_log_k(table: dict[str, Any]) -> tuple[float, float]:
+    """Mean and sd of log10 k on a grid of 400 x 400, by numpy."""
+    log_k, sd = np.linspace(-1, 1, 400), np.linspace(0.01, 1.0, 400)
+    time, measured = table["time"][1][0], table["measured"][1][0, :, 0]
+    residual = measured - np.exp(-(10 ** log_k[:, None]) * time)
+    log_p = -(residual**2).sum(1)[:, None] / (2 * sd**2) - len(time) * np.log(sd)
+    weight = np.exp(log_p - log_p.max()).sum(1)
+    weight /= weight.sum()
+    mean = float((log_k * weight).sum())
+    return mean, float(np.sqrt(((log_k - mean) ** 2 * weight).sum()))
+
+
+def test_drawing_does_not_change_the_fit():
+    template, table = kinetics.make(decay(), method="rodas5p"), decayed()
+    fit = scivi.fit(template, table, scivi.Plan(steps=2, stop=None), progress=False)
+    before = {name: value.clone() for name, value in fit.nets.state_dict().items()}
+    scivi.draw(fit, table, 10)
+    assert all(torch.equal(value, before[name]) for name, value in fit.nets.state_dict().items())
 
 
 def test_posterior_of_a_decay_is_that_of_a_grid():
