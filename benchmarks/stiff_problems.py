@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scivi.ode import System, equations, mass_action
 from scivi.ode.path import Path
-from scivi.ode.rodas import GAMMA, A, C, H, Step, within
+from scivi.ode.rodas import GAMMA, A, C, H, Step, weights, within
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class Problem:
         n, (first, second) = len(self.y0), self.factors()
         names = [f"k{r + 1}" for r in range(len(self.k))]
         lines = [f"in_i {{ {', '.join(f'{name} = 1' for name in names)} }}", "u_i {"]
-        lines += [f"  y{i} = {self.y0[i]!r}," for i in range(n)]
+        lines += [f"  y{i} = {float(self.y0[i])!r}," for i in range(n)]
         lines += ["}", "F_i {"]
         for i in range(n):
             terms = []
             for r in np.flatnonzero(self.stoichiometry[i]):
-                parts = [f"({self.stoichiometry[i, r]!r})", names[r]]
+                parts = [f"({float(self.stoichiometry[i, r])!r})", names[r]]
                 parts += [f"y{j}" for j in (first[r], second[r]) if j < n]
                 terms.append(" * ".join(parts))
             lines.append(f"  {' + '.join(terms) or '0.0'},")
@@ -215,21 +215,21 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {"robertson": robertson, "hires": h
 
 def played_again(system: System, p: Tensor, y0: Tensor, path: Path) -> Tensor:
     """The states at the observations by the formula of the method, for autograd; sizes of steps as taken."""
-    y, begins, mades = y0, [], []
+    y, begins, mades, by = y0, [], [], weights(y0)
     for s in range(len(path.steps.h)):
         end = None if path.steps.end is None else path.steps.end[s]
         step = Step(path.steps.t[s], y, path.steps.h[s], end)
-        h = step.h.unsqueeze(-1)
+        h, at, moved = step.h.unsqueeze(-1), step.at(by), step.moved(by)
         matrix = torch.eye(y.shape[-1], dtype=y.dtype) - GAMMA * h.unsqueeze(-1) * system.jacobian(
             step.t, y, p
         )
         u: list[Tensor] = []
         for i in range(8):
             there = y + sum((a * x for a, x in zip(A[i], u, strict=True)), torch.zeros_like(y))
-            right = GAMMA * h * system.rate(step.at(i), there, p)
+            right = GAMMA * h * system.rate(at[i], there, p)
             right = right + GAMMA * sum((c * x for c, x in zip(C[i], u, strict=True)), torch.zeros_like(y))
             if system.slope is not None:
-                right = right + GAMMA * h * step.moved(i).unsqueeze(-1) * system.slope(step.t, y, p)
+                right = right + GAMMA * h * moved[i].unsqueeze(-1) * system.slope(step.t, y, p)
             u.append(torch.linalg.solve(matrix, right))
         made = sum((a * x for a, x in zip([*A[7], 1.0], u, strict=True)), torch.zeros_like(y))
         inner = [sum((w * x for w, x in zip(row, u, strict=True)), torch.zeros_like(y)) for row in H]

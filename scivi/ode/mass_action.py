@@ -34,8 +34,23 @@ def mass_action(
     Raises:
         TemplateError: listing reactions that are none.
     """
-    stoichiometry = np.asarray(stoichiometry, float)
+    try:
+        stoichiometry = np.asarray(stoichiometry, float)
+    except (TypeError, ValueError) as error:
+        raise TemplateError(
+            f"the stoichiometry is no table of numbers, (state, reaction): {error}."
+        ) from None
     faults = _faults(reactants, stoichiometry)
+    if stoichiometry.ndim == 2:
+        wanted = {
+            "states": (states, stoichiometry.shape[0]),
+            "parameters": (parameters, stoichiometry.shape[1]),
+        }
+        faults += [
+            f"there are {len(named)} names of {what}; the stoichiometry has {size}"
+            for what, (named, size) in wanted.items()
+            if named is not None and len(named) != size
+        ]
     if faults:
         raise TemplateError(listed("the reactions are none:", faults))
     n, count = stoichiometry.shape
@@ -56,7 +71,7 @@ def _faults(reactants: Sequence[Sequence[int]], stoichiometry: np.ndarray) -> li
     for r, places in enumerate(reactants):
         if len(places) > MOST_REACTANTS:
             faults.append(f"reaction {r} has {len(places)} reactants; two are the most")
-        if any(not 0 <= i < n for i in places):
+        if any(not isinstance(i, int | np.integer) or not 0 <= i < n for i in places):
             faults.append(f"reaction {r} has reactants {list(places)}; there are {n} states")
     return faults
 
@@ -78,25 +93,29 @@ class _Network:
         blocks = np.einsum("ar,srb->srab", stoichiometry, of).reshape(2 * count, n * n)
         self.n, self.count = n, count
         self.kept: dict[torch.device, tuple[Tensor, ...]] = {}
-        self.arrays = (stoichiometry, of.reshape(2 * count, n), bare.reshape(-1), blocks)
+        of = of.reshape(2 * count, n)
+        self.arrays = (stoichiometry, stoichiometry.T.copy(), of, of.T.copy(), bare.reshape(-1), blocks)
 
     def on(self, y: Tensor) -> tuple[Tensor, ...]:
-        """Stoichiometry (state, reaction), states of factors (2 reaction, state), ones, blocks."""
+        """The arrays: stoichiometry (state, reaction), states of factors (2 reaction, state) and so on."""
         if y.device not in self.kept:
             self.kept[y.device] = tuple(torch.tensor(a, dtype=y.dtype, device=y.device) for a in self.arrays)
         return self.kept[y.device]
 
     def system(self, states: tuple[str, ...], parameters: tuple[str, ...]) -> System:
-        return System(states, parameters, self.rate, self.jacobian, None, self.curvature, self.pull)
+        slope = None
+        return System(
+            states, parameters, self.rate, self.jacobian, slope, self.curvature, self.back, self.pull
+        )
 
     def factors(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        _, of, bare, _ = self.on(y)
-        both = torch.addmm(bare, y, of.T)
-        return both[:, : self.count], both[:, self.count :]
+        _, _, _, states, bare, _ = self.on(y)
+        first, second = torch.addmm(bare, y, states).chunk(2, 1)
+        return first, second
 
     def rate(self, t: Tensor, y: Tensor, k: Tensor) -> Tensor:
         first, second = self.factors(y)
-        return (k * first * second) @ self.on(y)[0].T
+        return (k * first * second) @ self.on(y)[1]
 
     def jacobian(self, t: Tensor, y: Tensor, k: Tensor) -> Tensor:
         first, second = self.factors(y)
@@ -106,24 +125,29 @@ class _Network:
         first, second = self._moves(u)
         return self._by_blocks(k * second, k * first)
 
+    def back(self, t: Tensor, y: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        stoichiometry, _, of, *_ = self.on(y)
+        first, second = self.factors(y)
+        weight = (v @ stoichiometry) * k
+        return torch.cat([weight * second, weight * first], 1) @ of
+
     def pull(
         self, t: Tensor, y: Tensor, k: Tensor, at: Tensor, there: Tensor, s: Tensor, u: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        stoichiometry, of, _, _ = self.on(y)
-        (first, second), (first_there, second_there) = self.factors(y), self.factors(there)
-        first_moves, second_moves = self._moves(u)
+    ) -> tuple[Tensor, Tensor]:
+        stoichiometry, _, of, *_ = self.on(y)
+        first, second = self.factors(y)
+        first_there, second_there = (x.view(*v.shape[:2], -1) for x in self.factors(there.flatten(0, 1)))
+        first_moves, second_moves = (x.view(*v.shape[:2], -1) for x in self._moves(u.flatten(0, 1)))
         seen = v @ stoichiometry  # what a unit of each reaction is worth
         of_k = seen * (first_there * second_there + first_moves * second + first * second_moves)
-        weight = seen * k
-        to_there = torch.cat([weight * second_there, weight * first_there], 1) @ of
-        to_y = torch.cat([weight * second_moves, weight * first_moves], 1) @ of
-        return to_there, to_y, of_k
+        to_first, to_second = (seen * second_moves).sum(0), (seen * first_moves).sum(0)
+        return torch.cat([k * to_first, k * to_second], 1) @ of, of_k.sum(0)
 
     def _moves(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """How the factors move with the states."""
-        both = u @ self.on(u)[1].T
-        return both[:, : self.count], both[:, self.count :]
+        first, second = (u @ self.on(u)[3]).chunk(2, 1)
+        return first, second
 
     def _by_blocks(self, of_first: Tensor, of_second: Tensor) -> Tensor:
-        blocks = self.on(of_first)[3]
+        blocks = self.on(of_first)[-1]
         return (torch.cat([of_first, of_second], 1) @ blocks).view(-1, self.n, self.n)

@@ -8,16 +8,15 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from scivi.ode.rodas import ORDER, Step, Weights, outcome, stages, weights, within
+from scivi.ode.rodas import N_STAGES, ORDER, Step, Weights, outcome, stages, weights, within
 from scivi.ode.system import System
 
-SAFETY, LEAST_FACTOR, MOST_FACTOR = 0.9, 0.2, 6.0  # of a step size (Hairer and Wanner 1996, IV.8, ours wider)
+SAFETY, LEAST_FACTOR, MOST_FACTOR = 0.9, 0.1, 6.0  # of a step size (Hairer and Wanner 1996, IV.8, ours wider)
 PROPORTIONAL, INTEGRAL = 0.7, 0.4  # of the controller, over the order (Hairer and Wanner 1996, IV.2)
 LEAST_ERROR = 1e-4  # that the controller remembers, so that one lucky step is not trusted (the same)
+WORST_ERROR = 1e30  # of a step to what is no number
 CHECKED_EVERY = 8  # steps, on a device that one should not wait for (our choice)
-ENTRIES_AT_ONCE = (
-    2**15
-)  # of states, whose steps are kept until they are put in order: some 150 MB in 100 steps
+ENTRIES_AT_ONCE = 2**14  # of states, whose steps are kept and then put in order: some 220 MB in 100 steps
 
 
 class Reason(IntEnum):
@@ -39,7 +38,7 @@ SENTENCES = {
 }
 
 
-_Taken = tuple[Tensor, Step, Tensor, Tensor]  # who, the step of length 0 if in vain, its outcome, its end
+_Taken = tuple[Tensor, Step, Tensor, Tensor]  # who, the step of length 0 if in vain, its stages, its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,7 @@ class Path:
 
     Args:
         steps: (step, B) each; the entries of those that an entry did not need have length 0.
+        u: their stages (stage, step, B, state).
         count: steps of each entry (B,).
         place: of each observation, the step that holds it (B, time).
         share: how far into that step it is (B, time).
@@ -66,6 +66,7 @@ class Path:
     """
 
     steps: Step
+    u: Tensor
     count: Tensor
     place: Tensor
     share: Tensor
@@ -79,7 +80,7 @@ class Path:
         end = None if steps.end is None else steps.end[:, some]
         taken = Step(steps.t[:, some], steps.y[:, some], steps.h[:, some], end)
         rest = (self.count, self.place, self.share, self.values, self.reason, self.rejected)
-        return Path(taken, *(x[some] for x in rest))
+        return Path(taken, self.u[:, :, some], *(x[some] for x in rest))
 
 
 @torch.no_grad()
@@ -115,31 +116,30 @@ def integrate(
         if stops is not None:
             target = torch.minimum(last, _next_stop(stops, t))
             end = torch.nextafter(target, torch.full_like(target, -torch.inf))
-        left, moving = target - t, t < last
+        left = target - t
         arrives = h >= left * (1 - 1e-12)
         step = Step(t, y, torch.where(arrives, left, h), end)
         u, _ = stages(system, step, p, by)
-        made = outcome(u, by)
-        moved = y + made[0]
+        moved = y + (by.out[:1] @ u.flatten(1)).view_as(y)
         error = _error(u[-1], y, moved, tolerance)
-        finite = torch.isfinite(error)
-        accepted = finite & (error <= 1.0)
-        kept = Step(t, y, torch.where(accepted, step.h, torch.zeros_like(h)), end)
+        accepted = error <= 1.0
         t = torch.where(accepted, torch.where(arrives, target, t + step.h), t)
-        taken.append((ids, kept, made, t))
-        rejected.index_add_(0, ids, (~accepted).long())
-        at_last = arrives & (target >= last)
         y = torch.where(accepted.unsqueeze(-1), moved, y)
-        h = _next(step.h, h, error, remembered, accepted, finite, arrives)
-        remembered = torch.where(accepted, error.clamp_min(LEAST_ERROR), remembered)
-        solved = moving & accepted & at_last
-        least = 4 * torch.finfo(t.dtype).eps * t.abs() + torch.finfo(t.dtype).tiny
-        stuck = moving & ~solved & ~arrives & (step.h <= least)
-        over = solved | stuck
-        code = torch.where(finite, int(Reason.STEP_TOO_SMALL), int(Reason.NOT_FINITE))
+        taken.append((ids, replace(step, h=step.h * accepted), u, t))
+        ahead = step.h * _factor(error, remembered)
+        if stops is not None:  # a step shortened to a stop says little: what was wanted before is kept
+            ahead = torch.where(arrives & accepted, torch.maximum(ahead, h), ahead)
+        h, remembered = ahead, torch.where(accepted, error.clamp_min(LEAST_ERROR), remembered)
+        if not waits and not bool((arrives | (t == step.t)).any()):  # all have moved on, and none has come
+            continue
+        rejected.index_add_(0, ids, (~accepted).long())
+        moving = left > 0
+        solved = moving & arrives & accepted & (target >= last)
+        stuck = moving & ~arrives & (step.t + step.h == step.t)
+        code = torch.where(error < WORST_ERROR, int(Reason.STEP_TOO_SMALL), int(Reason.NOT_FINITE))
         code = torch.where(solved, int(Reason.SOLVED), code)
-        reason.index_copy_(0, ids, torch.where(over, code, reason[ids]))
-        last = torch.where(over, t, last)  # it stands still from now on
+        reason.index_copy_(0, ids, torch.where(solved | stuck, code, reason[ids]))
+        last = torch.where(solved | stuck, t, last)  # it stands still from now on
         if waits and (number + 1) % CHECKED_EVERY:
             continue
         going = torch.nonzero(t < last).squeeze(-1)
@@ -168,28 +168,17 @@ def _next_stop(stops: Tensor, t: Tensor) -> Tensor:
 def _error(u: Tensor, y: Tensor, moved: Tensor, tolerance: Tolerance) -> Tensor:
     """Root mean square over the states of the error in units of what is allowed, (B,)."""
     allowed = tolerance.atol + tolerance.rtol * torch.maximum(y.abs(), moved.abs())
-    return (u / allowed).square().mean(-1).sqrt()
+    error = (u / allowed).square().mean(-1).sqrt()
+    return torch.where(error < WORST_ERROR, error, WORST_ERROR)  # NaN is not
 
 
-def _next(
-    used: Tensor,
-    wanted: Tensor,
-    error: Tensor,
-    remembered: Tensor,
-    accepted: Tensor,
-    finite: Tensor,
-    arrives: Tensor,
-) -> Tensor:
-    """The next step size: proportional and integral control, or a smaller one after a step in vain.
+def _factor(error: Tensor, remembered: Tensor) -> Tensor:
+    """Of the next step size, by proportional and integral control.
 
-    A step that was shortened to arrive says little of what is possible: what was wanted is kept.
+    It is below 1 after a step in vain, whose error is above 1, where what is remembered is not.
     """
-    error = error.clamp_min(1e-10)
-    grown = SAFETY * error.pow(-PROPORTIONAL / ORDER) * remembered.pow(INTEGRAL / ORDER)
-    larger = used * grown.clamp(LEAST_FACTOR, MOST_FACTOR)
-    larger = torch.where(arrives, torch.maximum(larger, wanted), larger)
-    shrunk = (SAFETY * error.pow(-1 / ORDER)).clamp(0.1, 1.0)
-    return torch.where(accepted, larger, used * torch.where(finite, shrunk, 0.1))
+    wanted = SAFETY * error.pow(-PROPORTIONAL / ORDER) * remembered.pow(INTEGRAL / ORDER)
+    return wanted.clamp(LEAST_FACTOR, MOST_FACTOR)
 
 
 def _gathered(
@@ -212,11 +201,11 @@ def _gathered(
     most = max(1, int(count.max())) if size else 1
     t, y = start.expand(most, size).clone(), y0.expand(most, size, n).clone()  # where f is surely finite
     h, finish = times.new_zeros(most, size), times.new_full((most, size), torch.inf)
-    made = y0.new_zeros(4, most, size, n)
+    u = y0.new_zeros(N_STAGES, most, size, n)
     ends = None if taken[0][1].end is None else times.new_full((most, size), torch.inf)
-    for (_, step, u, until), (who, where, kept) in zip(taken, rows, strict=True):
+    for (_, step, found, until), (who, where, kept) in zip(taken, rows, strict=True):
         t[where, who], h[where, who], y[where, who] = step.t[kept], step.h[kept], step.y[kept]
-        made[:, where, who], finish[where, who] = u[:, kept], until[kept]
+        u[:, where, who], finish[where, who] = found[:, kept], until[kept]
         if ends is not None and step.end is not None:
             ends[where, who] = step.end[kept]
     place = torch.searchsorted(finish.T.contiguous(), times.contiguous())
@@ -225,26 +214,28 @@ def _gathered(
     length = h[place, who]
     share = ((times - t[place, who]) / torch.where(length > 0, length, 1.0)).clamp(0.0, 1.0)
     share = torch.where(reached, share, 0.0)
-    parts = torch.cat([y[None, place, who], made[:, place, who]])
-    values = (within(share).unsqueeze(-1) * parts).sum(0)
-    values = torch.where(reached.unsqueeze(-1), values, torch.nan)
-    return Path(Step(t, y, h, ends), count, place, share, values, reason, rejected)
+    values = torch.where(reached.unsqueeze(-1), _values(y, u, place, share, by), torch.nan)
+    return Path(Step(t, y, h, ends), u, count, place, share, values, reason, rejected)
+
+
+def _values(y: Tensor, u: Tensor, place: Tensor, share: Tensor, by: Weights) -> Tensor:
+    """States at shares of steps (B, time, state)."""
+    who = torch.arange(len(place), device=place.device).unsqueeze(-1)
+    parts = torch.cat([y[None, place, who], outcome(u[:, place, who], by)])
+    return (within(share).unsqueeze(-1) * parts).sum(0)
 
 
 @torch.no_grad()
 def again(system: System, p: Tensor, y0: Tensor, path: Path) -> Path:
     """The same steps from another start or with other parameters: their sizes are not chosen anew."""
     by, steps = weights(y0), path.steps
-    begins, made, y = [], [], y0
+    begins, found, y = [], [], y0
     for s in range(len(steps.h)):
         step = Step(steps.t[s], y, steps.h[s], None if steps.end is None else steps.end[s])
-        out = outcome(stages(system, step, p, by)[0], by)
         begins.append(y)
-        made.append(out)
-        y = y + out[0]
-    begun, parts = torch.stack(begins), torch.stack(made, 1)
-    who = torch.arange(len(y0), device=y0.device).unsqueeze(-1)
-    parts = torch.cat([begun.unsqueeze(0), parts])[:, path.place, who]
-    values = (within(path.share).unsqueeze(-1) * parts).sum(0)
+        found.append(stages(system, step, p, by)[0])
+        y = y + outcome(found[-1], by)[0]
+    begun, u = torch.stack(begins), torch.stack(found, 1)
+    values = _values(begun, u, path.place, path.share, by)
     values = torch.where(torch.isnan(path.values), torch.nan, values)
-    return replace(path, steps=replace(steps, y=begun), values=values)
+    return replace(path, steps=replace(steps, y=begun), u=u, values=values)

@@ -6,13 +6,11 @@ The step sizes are held. For small systems all steps' transition matrices are fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from scivi.ode.path import Path
-from scivi.ode.rodas import GAMMA, N_STAGES, Step, Weights, solved, stages, weights, within
+from scivi.ode.rodas import GAMMA, N_STAGES, Step, Weights, factors, solved, weights, within
 from scivi.ode.system import System
 
 AT_ONCE = 8000  # entries of one step's matrices, B n^2, up to which all steps are done at once (our choice)
@@ -59,15 +57,15 @@ def _step_by_step(system: System, p: Tensor, path: Path, values: Tensor) -> tupl
     asked = _spread(path, values)[:, :, order]
     p, begin, h, y = p[order], steps.t[:, order], steps.h[:, order], steps.y[:, order]
     end = None if steps.end is None else steps.end[:, order]
+    u = path.u[:, :, order]
     taking = (path.count[order].unsqueeze(0) > torch.arange(len(h), device=h.device).unsqueeze(-1)).sum(1)
     of_p, of_y = torch.zeros_like(p), values.new_zeros(y.shape[1:])
     for s, m in reversed(list(enumerate(taking.tolist()))):
         step = Step(begin[s, :m], y[s, :m], h[s, :m], None if end is None else end[s, :m])
-        u, lu = stages(system, step, p[:m], by)
         made = torch.cat([(asked[1, s, :m] + of_y[:m]).unsqueeze(0), asked[2:, s, :m]])
-        here, there = _pulled(system, step, p[:m], u, lu, made, by)
+        here, of_k = _pulled(system, step, p[:m], u[:, s, :m], factors(system, step, p[:m]), made, by)
         of_y[:m] += here + asked[0, s, :m]
-        of_p[:m] += there
+        of_p[:m] += of_k
     untaken = path.count[order] == 0  # observed where it starts
     of_y = torch.where(untaken.unsqueeze(-1), asked[0, 0], of_y)
     back = torch.argsort(order)
@@ -84,30 +82,27 @@ def _pulled(
     by: Weights,
 ) -> tuple[Tensor, Tensor]:
     """From gradients of a step's outcome (4, B, state) to those of its y, beyond y itself, and of p."""
-    to_u = (by.out.T @ made.flatten(1)).view(N_STAGES, *step.y.shape)
-    of_y, of_p, long = torch.zeros_like(step.y), torch.zeros_like(p), (GAMMA * step.h).unsqueeze(-1)
+    to_u = (by.out.T @ made.flatten(1)).view_as(u)
+    there, at, long = step.there(u, by), step.at(by), (GAMMA * step.h).unsqueeze(-1)
+    of_y, values = torch.zeros_like(step.y), torch.empty_like(u)
+    both = step.y.new_empty(2, *step.y.shape)  # asked by a stage of where it is, and of those it carries
     for i in reversed(range(N_STAGES)):
-        there = step.y
+        both[1] = solved(lu, to_u[i], transposed=True)
+        torch.mul(long, both[1], out=values[i])
+        both[0] = system.back(at[i], there[i], p, values[i])
+        of_y += both[0]
         if i:
-            there = step.y + (by.into[i - 1][:1] @ u[:i].flatten(1)).view_as(step.y)
-        v = solved(lu, to_u[i], transposed=True)
-        to_there, to_y, to_p = system.pull(
-            step.t, step.y, p, step.at(i), there, step.moved(i), u[i], long * v
-        )
-        of_y += to_there + to_y
-        of_p += to_p
-        if i:
-            both = torch.stack([to_there.flatten(), v.flatten()])
-            to_u[:i] += (by.into[i - 1].T @ both).view(i, *step.y.shape)
-    return of_y, of_p
+            to_u[:i] += (by.into[i - 1].T @ both.flatten(1)).view(i, *step.y.shape)
+    to_y, of_p = system.pull(step.t, step.y, p, at, there, step.moved(by), u, values)
+    return of_y + to_y, of_p
 
 
-def _all(path: Path, p: Tensor) -> tuple[Step, Tensor]:
-    """All steps of all entries as one batch, and their parameters."""
+def _all(path: Path, p: Tensor) -> tuple[Step, Tensor, Tensor]:
+    """All steps of all entries as one batch, their parameters and their stages."""
     steps = path.steps
     end = None if steps.end is None else steps.end.flatten()
     many = p.expand(len(steps.h), *p.shape).flatten(0, 1)
-    return Step(steps.t.flatten(), steps.y.flatten(0, 1), steps.h.flatten(), end), many
+    return Step(steps.t.flatten(), steps.y.flatten(0, 1), steps.h.flatten(), end), many, path.u.flatten(1, 2)
 
 
 def _moved(
@@ -133,28 +128,30 @@ def _moved(
             unit v, (stage, B, state, direction); None if p stays.
         by: the coefficients.
     """
-    long, moves = (GAMMA * step.h)[:, None, None], []
+    long, n = (GAMMA * step.h)[:, None, None], step.y.shape[-1]
+    t, y, p = (x.expand(N_STAGES, *x.shape).flatten(0, 1) for x in (step.t, step.y, p))
+    slopes = system.jacobian(step.at(by).flatten(), step.there(u, by).flatten(0, 1), p)
+    slopes = slopes.view(N_STAGES, -1, n, n)
+    rest = system.curvature(t, y, p, step.moved(by).flatten(), u.flatten(0, 1)).view_as(slopes) @ of_y
+    if of_p is not None:
+        rest += of_p
+    moves = of_y.new_empty(N_STAGES, of_y.numel())
+    each = moves.view(N_STAGES, *of_y.shape)
     for i in range(N_STAGES):
-        there, to_there, carried = step.y, of_y, None
-        if i:
-            there = step.y + (by.into[i - 1][:1] @ u[:i].flatten(1)).view_as(step.y)
-            both = by.into[i - 1] @ torch.stack(moves).flatten(1)
-            to_y, carried = both.view(2, *of_y.shape)
-            to_there = of_y + to_y
-        right = system.jacobian(step.at(i), there, p) @ to_there
-        right = right + system.curvature(step.t, step.y, p, step.moved(i), u[i]) @ of_y
-        if of_p is not None:
-            right = right + of_p[i]
-        right = long * right
-        moves.append(torch.linalg.lu_solve(*lu, right if carried is None else right + carried))
-    return (by.out @ torch.stack(moves).flatten(1)).view(4, *of_y.shape)
+        if i == 0:
+            each[i] = torch.linalg.lu_solve(*lu, long * (rest[i] + slopes[i] @ of_y))
+            continue
+        to_y, carried = (by.into[i - 1] @ moves[:i]).view(2, *of_y.shape)
+        right = torch.addcmul(carried, long, rest[i] + slopes[i] @ (of_y + to_y))
+        each[i] = torch.linalg.lu_solve(*lu, right)
+    return (by.out @ moves).view(4, *of_y.shape)
 
 
 def _at_once(system: System, p: Tensor, path: Path, values: Tensor) -> tuple[Tensor, Tensor]:
     """The adjoint by transition matrices of all steps: a short scan between two passes over all steps."""
     by, (steps, size, n) = weights(values), path.steps.y.shape
-    step, many = _all(path, p)
-    u, lu = stages(system, step, many, by)
+    step, many, u = _all(path, p)
+    lu = factors(system, step, many)
     unit = torch.eye(n, dtype=p.dtype, device=p.device).expand(steps * size, n, n)
     moves = _moved(system, step, many, u, lu, unit, None, by)
     asked = _spread(path, values)
@@ -177,12 +174,9 @@ def sensitivities(system: System, p: Tensor, path: Path) -> tuple[Tensor, Tensor
         (B, time, state, parameter) and (B, time, state, state).
     """
     by, (steps, size, n) = weights(p), path.steps.y.shape
-    step, many = _all(path, p)
-    u, lu = stages(system, step, many, by)
-    n_p = p.shape[1]
-    own = torch.stack(
-        [torch.stack(list(_of_parameters(system, step, many, u[i], i, by, u)), 1) for i in range(N_STAGES)]
-    )
+    step, many, u = _all(path, p)
+    lu, n_p = factors(system, step, many), p.shape[1]
+    own = _of_parameters(system, step, many, u, by)
     unit = torch.eye(n, dtype=p.dtype, device=p.device).expand(steps * size, n, n)
     of_y = _moved(system, step, many, u, lu, unit, None, by).view(4, steps, size, n, n)
     still = p.new_zeros(steps * size, n, n_p)
@@ -201,12 +195,15 @@ def sensitivities(system: System, p: Tensor, path: Path) -> tuple[Tensor, Tensor
     return found[..., :n_p], found[..., n_p:]
 
 
-def _of_parameters(
-    system: System, step: Step, p: Tensor, ui: Tensor, i: int, by: Weights, u: Tensor
-) -> Iterator[Tensor]:
-    """How each state's part of a stage's right-hand side moves with p, (B, parameter) each."""
-    there = step.y if i == 0 else step.y + (by.into[i - 1][:1] @ u[:i].flatten(1)).view_as(step.y)
-    for k in range(step.y.shape[-1]):
-        v = torch.zeros_like(step.y)
-        v[:, k] = 1.0
-        yield system.pull(step.t, step.y, p, step.at(i), there, step.moved(i), ui, v)[2]
+def _of_parameters(system: System, step: Step, p: Tensor, u: Tensor, by: Weights) -> Tensor:
+    """How each state's part of a stage's right-hand side moves with p, (stage, B, state, parameter)."""
+    there, at, moved = step.there(u, by), step.at(by), step.moved(by)
+    found = u.new_empty(*u.shape, p.shape[1])
+    for i in range(N_STAGES):
+        for k in range(u.shape[-1]):
+            v = torch.zeros_like(u[:1])
+            v[..., k] = 1.0
+            one = slice(i, i + 1)
+            pulled = system.pull(step.t, step.y, p, at[one], there[one], moved[one], u[one], v)
+            found[i, :, k] = pulled[1]
+    return found

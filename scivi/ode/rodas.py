@@ -122,10 +122,15 @@ class Weights:
 
     Args:
         into: for each stage but the first, rows A_i and gamma C_i over the stages before, (2, i).
+        there: all rows A_i, (stage, stage).
+        times, slopes: c_i and d_i, (stage, 1).
         out: what a step adds to y, then k_1 to k_3, over all stages, (4, stage).
     """
 
     into: tuple[Tensor, ...]
+    there: Tensor
+    times: Tensor
+    slopes: Tensor
     out: Tensor
 
 
@@ -136,7 +141,9 @@ def weights(like: Tensor) -> Weights:
         return torch.tensor(rows, dtype=like.dtype, device=like.device)
 
     into = tuple(made([list(A[i]), [GAMMA * c for c in C[i]]]) for i in range(1, N_STAGES))
-    return Weights(into, made([[*A[-1], 1.0], *map(list, H)]))
+    there = made([[*row, *[0.0] * (N_STAGES - len(row))] for row in A])
+    times, slopes = (made([[x] for x in row]) for row in (TIMES, SLOPES))
+    return Weights(into, there, times, slopes, made([[*A[-1], 1.0], *map(list, H)]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +162,18 @@ class Step:
     h: Tensor
     end: Tensor | None = None
 
-    def at(self, stage: int) -> Tensor:
-        """Time of a stage, (B,)."""
-        time = self.t + TIMES[stage] * self.h
+    def at(self, by: Weights) -> Tensor:
+        """Times at which the stages ask for f, (stage, B)."""
+        time = torch.addcmul(self.t, by.times, self.h)
         return time if self.end is None else torch.minimum(time, self.end)
 
-    def moved(self, stage: int) -> Tensor:
-        """The stage's own share of time, d_i h, (B,)."""
-        return SLOPES[stage] * self.h
+    def moved(self, by: Weights) -> Tensor:
+        """The stages' own shares of time, d_i h, (stage, B)."""
+        return by.slopes * self.h
+
+    def there(self, u: Tensor, by: Weights) -> Tensor:
+        """States at which the stages ask for f, (stage, B, state)."""
+        return self.y + (by.there @ u.flatten(1)).view_as(u)
 
 
 def factors(system: System, step: Step, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,19 +191,22 @@ def solved(lu: tuple[Tensor, Tensor], right: Tensor, *, transposed: bool = False
 
 def stages(system: System, step: Step, p: Tensor, by: Weights) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """All u (stage, B, state), and the factors they were found with; autograd is not told."""
-    lu, y = factors(system, step, p), step.y
+    lu, y, at = factors(system, step, p), step.y, step.at(by)
     long = (GAMMA * step.h).unsqueeze(-1)
-    slope = None if system.slope is None else long * system.slope(step.t, y, p)
+    slope = None
+    if system.slope is not None:
+        slope = step.moved(by).unsqueeze(-1) * (long * system.slope(step.t, y, p))
     u = y.new_empty(N_STAGES, y.numel())
+    each = u.view(N_STAGES, *y.shape, 1).unbind()
     for i in range(N_STAGES):
         if i == 0:
-            right = long * system.rate(step.at(0), y, p)
+            right = long * system.rate(at[0], y, p)
         else:
-            to_y, carried = (by.into[i - 1] @ u[:i]).view(2, *y.shape)
-            right = torch.addcmul(carried, long, system.rate(step.at(i), y + to_y, p))
+            to_y, carried = (by.into[i - 1] @ u[:i]).view(2, *y.shape).unbind()
+            right = torch.addcmul(carried, long, system.rate(at[i], y + to_y, p))
         if slope is not None:
-            right = torch.addcmul(right, step.moved(i).unsqueeze(-1), slope)
-        u[i] = solved(lu, right).view(-1)
+            right = right + slope[i]
+        torch.linalg.lu_solve(*lu, right.unsqueeze(-1), out=each[i])
     return u.view(N_STAGES, *y.shape), lu
 
 

@@ -115,5 +115,5 @@ class _Steady(torch.autograd.Function):
         v = torch.linalg.solve(matrix.mT, asked)
         to_totals = v[:, rows]
         v = v.index_fill(1, torch.tensor(rows, dtype=torch.long, device=v.device), 0.0)
-        _, _, of_p = ctx.system.pull(zero, y, p, zero, y, zero, torch.zeros_like(y), -v)
+        _, of_p = ctx.system.pull(zero, y, p, *(x[None] for x in (zero, y, zero, torch.zeros_like(y), -v)))
         return of_p, (to_totals.unsqueeze(1) @ totals).squeeze(1), None, None, None, None

@@ -28,8 +28,10 @@ class System:
         slope: (t, y, p) -> df/dt (B, state); None if f does not depend on t.
         curvature: (t, y, p, s, u) -> change of the Jacobian along (s, u), d/de df/dy(t + e s, y + e u),
             (B, state, state). s is (B,), u is (B, state).
-        pull: (t, y, p, at, there, s, u, v) -> gradient of v . [f(at, there, p) + d/de f(t + e s, y + e u, p)]
-            with respect to (there, y, p), v (B, state).
+        back: (t, y, p, v) -> gradient of v . f(t, y, p) with respect to y, v (B, state).
+        pull: (t, y, p, at, there, s, u, v) -> gradient of the sum over stages of
+            v . [f(at, there, p) + d/de f(t + e s, y + e u, p)] with respect to (y, p), y apart from there.
+            at and s are (stage, B), there, u and v (stage, B, state).
     """
 
     states: tuple[str, ...]
@@ -38,7 +40,8 @@ class System:
     jacobian: Rate
     slope: Rate | None
     curvature: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    pull: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    back: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    pull: Callable[..., tuple[Tensor, Tensor]]
 
 
 def equations(
@@ -83,15 +86,21 @@ def equations(
     def curvature(t: Tensor, y: Tensor, p: Tensor, s: Tensor, u: Tensor) -> Tensor:
         return moved(found, t, y, p, s, u)
 
+    def back(t: Tensor, y: Tensor, p: Tensor, v: Tensor) -> Tensor:
+        return _pullback(lambda b: rate(t, b, p), y)[1](v)[0]
+
     def pull(
         t: Tensor, y: Tensor, p: Tensor, at: Tensor, there: Tensor, s: Tensor, u: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        def seen(there: Tensor, y: Tensor, p: Tensor) -> Tensor:
-            return (v * (rate(at, there, p) + moved(rate, t, y, p, s, u))).sum()
+    ) -> tuple[Tensor, Tensor]:
+        def seen(y: Tensor, p: Tensor) -> Tensor:  # the stages of all entries are one batch
+            begin, y, p = (x.expand(len(v), *x.shape).flatten(0, 1) for x in (t, y, p))
+            change = moved(rate, begin, y, p, s.flatten(), u.flatten(0, 1))
+            return (v.flatten(0, 1) * (rate(at.flatten(), there.flatten(0, 1), p) + change)).sum()
 
-        return torch.func.grad(seen, (0, 1, 2))(there, y, p)
+        return torch.func.grad(seen, (0, 1))(y, p)
 
-    return System(tuple(states), tuple(parameters), rate, found, slope if timed else None, curvature, pull)
+    slopes = slope if timed else None
+    return System(tuple(states), tuple(parameters), rate, found, slopes, curvature, back, pull)
 
 
 def _pullback(function: Callable[..., Any], *at: Tensor) -> tuple[Any, Callable[..., Any]]:
