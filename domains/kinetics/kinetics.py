@@ -41,16 +41,18 @@ from domains.kinetics.simulation import FLOOR, Form, Simulated, label, simulated
 from scivi.errors import FitError, TemplateError, listed
 from scivi.inputs.fields import Field
 from scivi.models import Batch, Template, guides
+from scivi.models.flows import Flow
 from scivi.models.guides import JointNormal, MeanField
 from scivi.ode.solve import Method
 
 # Runs of the model before failures are looked at; share of solutions that may fail; solutions looked back on.
 WARM_UP, MOST_FAILED, WINDOW = 20, 0.01, 1000  # our choices
-Guide = Literal["full rank", "low rank", "mean field"]
+Guide = Literal["full rank", "low rank", "mean field", "flow"]
 GUIDES: dict[str, guides.Family] = {
     "full rank": JointNormal(),
     "low rank": JointNormal(rank=4),
     "mean field": MeanField(),
+    "flow": Flow(),
 }
 
 
@@ -197,7 +199,8 @@ def make(
 
     Args:
         problem: or its ``to_dict``.
-        guide: "full rank", "low rank" or "mean field" normal of theta.
+        guide: "full rank", "low rank" or "mean field" normal of theta; "flow" for posteriors with edges and
+            plateaus, which wants ``Plan(estimator="stl", particles=32)``.
         start: of theta, where the guide begins; the prior's centre if empty.
         rtol: of a solution.
         atol: of a solution, in the units of the states.

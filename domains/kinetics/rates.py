@@ -113,7 +113,9 @@ def system_of(found: Fluxes, parameters: Sequence[str]) -> System:
     ]
     target, source = (np.array([e[c] for e in entries], dtype=np.int64) for c in (0, 1))
     weight = np.array([e[2] for e in entries])
-    constants = tensors.Constants(change.T.copy(), target, source, weight)
+    moving = [r for r, each in enumerate(found.rates) if TIME in each.free_symbols]
+    in_time = tensors.function([sympy.diff(found.rates[r], TIME) for r in moving], arguments)
+    constants = tensors.Constants(change.T.copy(), target, source, weight, change.T[moving])
 
     def columns(t: Tensor, y: Tensor, p: Tensor) -> list[Tensor]:
         return [t, *y.unbind(-1), *p.unbind(-1)]
@@ -124,14 +126,19 @@ def system_of(found: Fluxes, parameters: Sequence[str]) -> System:
         return total if fixed else total / tensors.stack(volumes(given), t)
 
     def jacobian(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
-        given, (_, to, of, by) = columns(t, y, p), constants.on(y)
+        given, (_, to, of, by, _) = columns(t, y, p), constants.on(y)
         parts = tensors.stack(of_rates(given), t).index_select(-1, of) * by
         flat = y.new_zeros((*y.shape[:-1], n * n)).index_add(-1, to, parts)
         total = flat.unflatten(-1, (n, n))
         return total if fixed else total / tensors.stack(volumes(given), t).unsqueeze(-1)
 
-    timed = any(TIME in each.free_symbols for each in found.rates)
-    return equations(rate, found.states, parameters, jacobian=jacobian, timed=timed)
+    def slope(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        given = columns(t, y, p)
+        total = tensors.stack(in_time(given), t) @ constants.on(y)[-1]
+        return total if fixed else total / tensors.stack(volumes(given), t)
+
+    timed = bool(moving)
+    return equations(rate, found.states, parameters, jacobian=jacobian, slope=slope, timed=timed)
 
 
 def mass_action_form(network: Network, parameters: Sequence[str] | None = None) -> MassAction | None:

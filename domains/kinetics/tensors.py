@@ -79,6 +79,8 @@ def function(
 def stack(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     """Numbers and tensors side by side in a last dim, each as large as they and ``like`` together."""
     tensors = [value for value in values if isinstance(value, Tensor)]
+    if tensors and len(tensors) == len(values) and all(each.shape == like.shape for each in tensors):
+        return torch.stack(tensors, -1)
     shape = torch.broadcast_shapes(like.shape, *(value.shape for value in tensors))
     if not values:
         return like.new_zeros((*shape, 0))

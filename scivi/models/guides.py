@@ -1,4 +1,4 @@
-"""Guide families: mean field, joint normal (full or low rank), Laplace base with skew, conditional flow.
+"""Guide families: mean field, joint normal (full or low rank), and parts: Laplace base with skew.
 
 A family is a frozen value with one method, ``build``, which makes the torch module that ``bind`` calls as the
 guide. Amortised guides are written by hand from the parts here, as plain functions ``(batch, prior, nets)``.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import pyro
 import pyro.distributions as dist
@@ -41,7 +41,8 @@ class Family(Protocol):
         ...
 
 
-def _refuse_discrete(sites: Sequence[Site], family: str) -> None:
+def refuse_discrete(sites: Sequence[Site], family: str) -> None:
+    """Raise where a family that has no factor for discrete latents meets some."""
     discrete = [s.name for s in sites if s.discrete]
     if discrete:
         raise TemplateError(
@@ -82,7 +83,7 @@ class MeanField:
 
     def build(self, sites: Sequence[Site], starts: Start, nesting: int) -> nn.Module:
         """See ``Family.build``."""
-        _refuse_discrete(sites, "mean-field")
+        refuse_discrete(sites, "mean-field")
         return MeanFieldNormal(sites, starts, self.scale)
 
 
@@ -147,22 +148,13 @@ class JointNormal:
 
     def build(self, sites: Sequence[Site], starts: Start, nesting: int) -> nn.Module:
         """See ``Family.build``."""
-        _refuse_discrete(sites, "joint normal")
-        values = {s.name: _unconstrained(s, starts) for s in sites}
-        return JointNormalGuide(
-            tuple(
-                _Slot(s.name, v.shape, e, s.support, s.plates, s.row_dim)
-                for s, (v, e) in zip(sites, values.values(), strict=True)
-            ),
-            torch.cat([v.reshape(-1) for v, _ in values.values()]),
-            self.scale,
-            self.rank,
-            nesting,
-        )
+        refuse_discrete(sites, "joint normal")
+        slots, start = slots_of(sites, starts)
+        return JointNormalGuide(slots, start, self.scale, self.rank, nesting)
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class Slot:
     """Where a site lies in the joint vector."""
 
     name: str
@@ -173,27 +165,87 @@ class _Slot:
     row_dim: str | None = None
 
 
-class JointNormalGuide(nn.Module):
+def slots_of(sites: Sequence[Site], starts: Start) -> tuple[tuple[Slot, ...], Tensor]:
+    """Where each site lies in a joint vector, and the vector at the start (D,)."""
+    values = [_unconstrained(s, starts) for s in sites]
+    slots = tuple(
+        Slot(s.name, v.shape, e, s.support, s.plates, s.row_dim)
+        for s, (v, e) in zip(sites, values, strict=True)
+    )
+    return slots, torch.cat([v.reshape(-1) for v, _ in values])
+
+
+class JointGuide(nn.Module):
+    """A distribution over all latents together, on the unbounded scale: ``distribution``, event (D,).
+
+    Sites are slices of one auxiliary draw ``name``, carried to their supports.
+    """
+
+    def __init__(self, slots: Sequence[Slot], nesting: int, name: str = "_joint") -> None:
+        super().__init__()
+        self.slots, self.nesting, self.name = tuple(slots), nesting, name
+        self.amortised = all(s.row_dim is None for s in slots)
+
+    def distribution(self) -> dist.TorchDistribution:
+        """Of the joint vector (D,)."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Sample the joint vector and every site; returns the values by site."""
+        rows = [s.row_dim for s in self.slots if s.row_dim is not None and s.row_dim in batch.index]
+        if rows:
+            raise Unsupported(
+                f"the joint guide holds every row of {sorted(set(rows))} in one vector and needs the "
+                f"full batch: fit it with Plan(rows_per_batch=None), on the data that it was bound to."
+            )
+        joint = pyro.sample(self.name, self.distribution(), infer={"is_auxiliary": True})
+        return {
+            slot.name: self._site(slot, part, batch)
+            for slot, part in zip(self.slots, self._parts(joint), strict=True)
+        }
+
+    def _parts(self, joint: Tensor) -> list[Tensor]:
+        """The joint vector cut into sites (*lead, *plates, *event); lead are the dims left of the plates."""
+        lead = joint.shape[: max(0, joint.dim() - 1 - self.nesting)] if joint.dim() > 1 else ()
+        parts, start = [], 0
+        for slot in self.slots:
+            stop = start + slot.shape.numel()
+            plates = len(slot.shape) - slot.event_dim
+            pad = (1,) * (self.nesting - plates) if lead else ()
+            parts.append(joint[..., start:stop].reshape((*lead, *pad, *slot.shape)))
+            start = stop
+        return parts
+
+    def _site(self, slot: Slot, part: Tensor, batch: Batch) -> Tensor:
+        bijector = biject_to(slot.support)
+        value = bijector(part)
+        slope = bijector.log_abs_det_jacobian(part, value)
+        event_dim = value.dim() - (part.dim() - slot.event_dim)
+        extra = slope.dim() - (value.dim() - event_dim)
+        density = -(slope.flatten(-extra).sum(-1) if extra > 0 else slope)
+        with _plates(batch, slot):  # type: ignore[arg-type]
+            return pyro.sample(slot.name, dist.Delta(value, log_density=density, event_dim=event_dim))
+
+
+class JointNormalGuide(JointGuide):
     """The module of ``JointNormal``.
 
     It has ``loc`` and ``log_diag`` (D,), and ``factor``: (D, D) below the diagonal if D > 1, or (D, rank).
-    Sites are slices of one auxiliary draw ``name``, carried to their supports.
     """
 
     factor: Tensor
 
     def __init__(
         self,
-        slots: Sequence[_Slot],
+        slots: Sequence[Slot],
         start: Tensor,
         scale: float,
         rank: int | None,
         nesting: int,
         name: str = "_joint",
     ) -> None:
-        super().__init__()
-        self.slots, self.nesting, self.name, self.rank = tuple(slots), nesting, name, rank
-        self.amortised = all(s.row_dim is None for s in slots)
+        super().__init__(slots, nesting, name)
+        self.rank = rank
         self.loc = nn.Parameter(start.detach().clone())
         self.log_diag = nn.Parameter(torch.full_like(start, scale).log())
         shape = (start.numel(), start.numel() if rank is None else rank)
@@ -232,42 +284,6 @@ class JointNormalGuide(nn.Module):
         self.log_diag.copy_(tril.diagonal().log())
         self.factor.copy_((tril / tril.diagonal()[:, None]).tril(-1))
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Sample the joint vector and every site; returns the values by site."""
-        rows = [s.row_dim for s in self.slots if s.row_dim is not None and s.row_dim in batch.index]
-        if rows:
-            raise Unsupported(
-                f"the joint normal guide holds every row of {sorted(set(rows))} in one vector and needs the "
-                f"full batch: fit it with Plan(rows_per_batch=None), on the data that it was bound to."
-            )
-        joint = pyro.sample(self.name, self.distribution(), infer={"is_auxiliary": True})
-        return {
-            slot.name: self._site(slot, part, batch)
-            for slot, part in zip(self.slots, self._parts(joint), strict=True)
-        }
-
-    def _parts(self, joint: Tensor) -> list[Tensor]:
-        """The joint vector cut into sites (*lead, *plates, *event); lead are the dims left of the plates."""
-        lead = joint.shape[: max(0, joint.dim() - 1 - self.nesting)] if joint.dim() > 1 else ()
-        parts, start = [], 0
-        for slot in self.slots:
-            stop = start + slot.shape.numel()
-            plates = len(slot.shape) - slot.event_dim
-            pad = (1,) * (self.nesting - plates) if lead else ()
-            parts.append(joint[..., start:stop].reshape((*lead, *pad, *slot.shape)))
-            start = stop
-        return parts
-
-    def _site(self, slot: _Slot, part: Tensor, batch: Batch) -> Tensor:
-        bijector = biject_to(slot.support)
-        value = bijector(part)
-        slope = bijector.log_abs_det_jacobian(part, value)
-        event_dim = value.dim() - (part.dim() - slot.event_dim)
-        extra = slope.dim() - (value.dim() - event_dim)
-        density = -(slope.flatten(-extra).sum(-1) if extra > 0 else slope)
-        with _plates(batch, slot):  # type: ignore[arg-type]
-            return pyro.sample(slot.name, dist.Delta(value, log_density=density, event_dim=event_dim))
-
 
 def global_normal(
     sites: Mapping[str, tuple[tuple[int, ...], constraints.Constraint]],
@@ -289,7 +305,7 @@ def global_normal(
     slots, values = [], []
     for name, (_, support) in sites.items():
         value = biject_to(support).inv(torch.as_tensor(start[name]).float())
-        slots.append(_Slot(name, value.shape, value.dim(), support))
+        slots.append(Slot(name, value.shape, value.dim(), support))
         values.append(value.reshape(-1))
     return JointNormalGuide(slots, torch.cat(values), scale, rank, nesting)
 
@@ -493,39 +509,6 @@ def _cholesky(matrix: Tensor) -> Tensor:
     ridge = 10 * torch.finfo(matrix.dtype).eps
     tril, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed(ridge * diagonal))
     return torch.where((info == 0)[..., None, None], tril, torch.diag_embed(diagonal.sqrt()))
-
-
-@dataclass(frozen=True, slots=True)
-class FlowSpec:
-    """Shape of a conditional flow: neural splines or masked affine layers of zuko.
-
-    Args:
-        kind: "spline" (Durkan et al. 2019) or "affine" (Papamakarios et al. 2017).
-        transforms: layers.
-        hidden: widths of the conditioner.
-    """
-
-    kind: Literal["spline", "affine"] = "spline"
-    transforms: int = 2
-    hidden: tuple[int, ...] = (64, 64)
-
-
-def conditional_flow(features: int, context: int, spec: FlowSpec | None = None) -> nn.Module:
-    """A zuko flow over ``features`` numbers given ``context``; ``flow_distribution`` samples from it."""
-    import zuko
-
-    spec = spec or FlowSpec()
-    makers = {"spline": zuko.flows.NSF, "affine": zuko.flows.MAF}
-    return makers[spec.kind](
-        features, context=context, transforms=spec.transforms, hidden_features=spec.hidden
-    )
-
-
-def flow_distribution(flow: nn.Module, context: Tensor) -> dist.TorchDistribution:
-    """The flow's distribution given a context (*batch, context), as pyro takes it."""
-    from pyro.contrib.zuko import ZukoToPyro
-
-    return ZukoToPyro(flow(context))
 
 
 def noise_shape(fn: Any) -> tuple[int, ...] | None:

@@ -32,7 +32,7 @@ def mass_action(
         parameters: names of the reactions' rate coefficients k, which are the system's parameters.
 
     Raises:
-        TemplateError: listing reactions that are none.
+        TemplateError: listing reactions that are none, and names that are too few or too many.
     """
     try:
         stoichiometry = np.asarray(stoichiometry, float)

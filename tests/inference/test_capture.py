@@ -19,7 +19,8 @@ from torch import nn
 
 from scivi.inference import capture, loop, stepper
 from scivi.inference.loop import begin, fit, open_data, train
-from scivi.models.guides import JointNormal, MeanField, conditional_flow, flow_distribution
+from scivi.models.flows import conditional_flow, flow_distribution
+from scivi.models.guides import JointNormal, MeanField
 from scivi.models.networks import perceptron
 from tests.inference.conjugate import OFF, hierarchy, plan, rows, shared, shared_model
 from tests.inference.test_objective import mixture, positive_model, responsible, switch

@@ -15,14 +15,12 @@ from scivi.errors import TemplateError, Unsupported
 from scivi.inputs.batches import Batch
 from scivi.inputs.fields import Field
 from scivi.models.binding import bind, seeded
+from scivi.models.flows import FlowSpec, conditional_flow, flow_distribution
 from scivi.models.guides import (
-    FlowSpec,
     JointNormal,
     MeanField,
     SinhArcsinh,
     TrilAffine,
-    conditional_flow,
-    flow_distribution,
     global_normal,
     inverse_tril,
     laplace,
