@@ -38,11 +38,11 @@ from domains.kinetics import search
 from domains.kinetics.petab_problems import Problem, faults_of_data
 from domains.kinetics.priors import ParameterPrior
 from domains.kinetics.simulation import FLOOR, Form, Simulated, label, simulated
-from scivi.errors import FitError, TemplateError, listed
+from scivi.errors import DataError, FitError, TemplateError, listed
 from scivi.inputs.fields import Field
 from scivi.models import Batch, Template, guides
-from scivi.models.flows import Flow
-from scivi.models.guides import JointNormal, MeanField
+from scivi.models.flows import Flow, JointFlowGuide
+from scivi.models.guides import JointNormal, JointNormalGuide, MeanField
 from scivi.ode.solve import Method
 
 # Runs of the model before failures are looked at; share of solutions that may fail; solutions looked back on.
@@ -172,17 +172,23 @@ def derive(
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A guide that begins at some values of theta."""
+    """A guide that begins at some values of theta, and with some covariance on the unbounded scale."""
 
     family: guides.Family
     start: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...] = ()
 
     def build(self, sites: Sequence[Any], starts: Any, nesting: int) -> nn.Module:
         """See ``Family.build``."""
         at = dict(starts)
         if self.start:
             at["theta"] = [torch.as_tensor(self.start).to(at["theta"][0])]
-        return self.family.build(sites, at, nesting)
+        module = self.family.build(sites, at, nesting)
+        if self.covariance and isinstance(module, JointNormalGuide | JointFlowGuide):
+            normal = module.normal if isinstance(module, JointFlowGuide) else module
+            if normal.rank is None:
+                normal.set(normal.loc.detach(), torch.as_tensor(self.covariance).to(normal.loc))
+        return module
 
 
 def make(
@@ -190,6 +196,7 @@ def make(
     *,
     guide: Guide = "full rank",
     start: Sequence[float] = (),
+    covariance: Sequence[Sequence[float]] = (),
     rtol: float = 1e-6,
     atol: float = 1e-9,
     max_steps: int = 2000,
@@ -202,6 +209,7 @@ def make(
         guide: "full rank", "low rank" or "mean field" normal of theta; "flow" for posteriors with edges and
             plateaus, which wants ``Plan(estimator="stl", particles=32)``.
         start: of theta, where the guide begins; the prior's centre if empty.
+        covariance: of theta on the unbounded scale, with which a guide of full rank or a flow begins.
         rtol: of a solution.
         atol: of a solution, in the units of the states.
         max_steps: of a solution.
@@ -218,11 +226,15 @@ def make(
     n = len(problem.estimated)
     if start and len(start) != n:
         faults.append(f"start has {len(start)} numbers; {n} parameters are estimated")
+    if covariance and np.shape(covariance) != (n, n):
+        faults.append(f"covariance is {np.shape(covariance)}; {n} parameters are estimated")
     if faults:
         raise TemplateError(listed("the problem cannot be used:", faults))
+    wide = tuple(tuple(map(float, row)) for row in covariance)
     form = Form(ready.prepare(problem), rtol, atol, max_steps, method)
     settings = {name: getattr(form, name) for name in ("rtol", "atol", "max_steps", "method")}
     settings |= {"problem": problem.to_dict(), "guide": guide, "start": list(map(float, start))}
+    settings["covariance"] = [list(row) for row in wide]
     fields = {
         "measured": Field(("condition", "moment", "observable"), "observed", doc="NaN where nothing was"),
         "time": Field(("condition", "moment"), support=constraints.nonnegative, doc="in order"),
@@ -246,7 +258,7 @@ def make(
             "expected": ("condition", "moment", "observable"),
             "failed": ("condition",),
         },
-        guide=Begun(GUIDES[guide], tuple(map(float, start))),
+        guide=Begun(GUIDES[guide], tuple(map(float, start)), wide),
         nets=_counter,
         derive=partial(derive, form=form),
         sizes={"parameter": n},
@@ -280,9 +292,13 @@ def from_data(
     problem, measured = data if isinstance(data, tuple) else petab_tables.read(data)
     columns = table(measured)
     template = make(problem, **options)
+    seen = {name: np.asarray(column[1]) for name, column in columns.items()}
+    if faults := faults_of_data(problem, seen, seen):
+        raise DataError(listed(f'the measurements do not fit the problem "{problem.name}":', faults))
     if starts and not options.get("start"):
         found = search.modes(form_of(template), columns, starts=starts, seed=seed, progress=progress)
-        template = make(problem, **{**options, "start": found.theta[0].tolist()})
+        begun = {"start": found.theta[0].tolist(), "covariance": found.covariance[0].tolist()}
+        template = make(problem, **{**options, **begun})
     return template, columns
 
 
@@ -314,4 +330,6 @@ def _validate(
 ) -> list[str]:
     if not {"time", "measured"} <= {*values}:  # told by the check of fields
         return []
-    return faults_of_data(problem, values, coords)
+    # labels that the data lack are places
+    named = {d: x for d, x in coords.items() if [*map(str, x)] != [*map(str, range(len(x)))]}
+    return faults_of_data(problem, values, named)

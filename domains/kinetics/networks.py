@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -91,7 +92,7 @@ class Network:
         faults = missing_or_unknown(cls, table, ("species", "reactions", "parameters", "initial"))
         faults += [
             f"reaction {k + 1}: {fault}"
-            for k, each in enumerate(table.get("reactions", ()))
+            for k, each in enumerate(entries_of(table, "reactions", faults))
             for fault in missing_or_unknown(Reaction, each, ("name", "change", "rate"))
         ]
         if faults:
@@ -113,10 +114,12 @@ class Network:
             unknown = [name for name in reaction.change if name not in self.species]
             faults += [f'"{reaction.name}" changes "{name}", which is no species' for name in unknown]
             faults += [
-                f'"{reaction.name}" changes "{name}" by {by}, which is not finite'
+                f'"{reaction.name}" changes "{name}" by {by!r}, which is no finite number'
                 for name, by in reaction.change.items()
-                if not math.isfinite(by)
+                if not is_number(by)
             ]
+        if not self.species:
+            faults.append("there are no species")
         faults += [f'species "{s}" has no initial value' for s in self.species if s not in self.initial]
         faults += [
             f'there is an initial value of "{name}", which is no species'
@@ -128,14 +131,15 @@ class Network:
         faults += [
             f'the initial value of "{name}" is {value:g}; it cannot be negative'
             for name, value in amounts.items()
-            if not isinstance(value, str) and value < 0
+            if not isinstance(value, str) and is_number(value) and value < 0
         ]
         for name, volume in self.volumes.items():
             if isinstance(volume, str) and volume not in self.parameters:
                 faults.append(f'the volume of "{name}" is "{volume}", which is no parameter')
             value = self.parameters.get(volume, 1.0) if isinstance(volume, str) else volume
-            if not isinstance(value, str) and not 0 < value < math.inf:
-                faults.append(f'the volume of "{name}" is {value:g}; it must be above 0')
+            if not isinstance(value, str) and not (is_number(value) and value > 0):
+                told = f"{value:g}" if is_number(value) else repr(value)
+                faults.append(f'the volume of "{name}" is {told}; it must be above 0')
         return faults or self._circles()
 
     def _circles(self) -> list[str]:
@@ -183,7 +187,8 @@ def network(
         ['on * A * B', 'off * C']
     """
     faults: list[str] = []
-    parts = [part for arrow, rate in reactions.items() for part in _one_way(arrow, rate, faults)]
+    read = {arrow: [*_one_way(arrow, rate, faults)] for arrow, rate in reactions.items()}
+    parts = [part for found in read.values() for part in found]
     species = tuple(dict.fromkeys(s for _, left, right, _ in parts for s in (*left, *right)))
     made = []
     for arrow, left, right, rate in parts:
@@ -191,14 +196,28 @@ def network(
         change = {s: by for s, by in change.items() if by}
         made.append(Reaction(arrow, change, _rate_text(arrow, left, rate, species, faults)))
     found = Network(species, tuple(made), parameters or {}, initial, assignments or {}, name=name)
-    faults += found.faults()
+    # a name that only a reaction which cannot be read has is no further fault
+    unread = " ".join(str(arrow) for arrow, found_in in read.items() if not found_in)
+    besides = {
+        f'there is an initial value of "{name}", which is no species'
+        for name in re.findall(r"[A-Za-z_]\w*", unread, re.ASCII)
+    }
+    besides |= {"there are no species"} if unread else set()
+    faults += [each for each in found.faults() if each not in besides]
     if faults:
         raise TemplateError(listed("the network cannot be used:", dict.fromkeys(faults)))
     return found
 
 
-def missing_or_unknown(cls: Any, table: Mapping[str, Any], needed: Iterable[str]) -> list[str]:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no text that says one."""
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def missing_or_unknown(cls: Any, table: Any, needed: Iterable[str]) -> list[str]:
     """What a table of plain values lacks to be one of a class, and has too much."""
+    if not isinstance(table, Mapping):
+        return [f"it is {table!r}, and no table of what a {cls.__name__.lower()} has"]
     known = [f.name for f in fields(cls)]
     return [
         *(f'"{name}" is missing' for name in needed if name not in table),
@@ -206,11 +225,20 @@ def missing_or_unknown(cls: Any, table: Mapping[str, Any], needed: Iterable[str]
     ]
 
 
+def entries_of(table: Any, key: str, faults: list[str]) -> Sequence[Any]:
+    """A list in a table of plain values; none, and a fault, if it is something else."""
+    found = table.get(key, ()) if isinstance(table, Mapping) else ()
+    if isinstance(found, Sequence) and not isinstance(found, str):
+        return found
+    faults.append(f'"{key}" is {found!r}, and no list')
+    return ()
+
+
 def _one_way(
-    arrow: str, rate: Any, faults: list[str]
+    arrow: Any, rate: Any, faults: list[str]
 ) -> Iterable[tuple[str, dict[str, float], dict[str, float], Any]]:
     """Both directions of a reaction, each with its name, reactants, products and rate."""
-    left, sign, right = [*_ARROW.split(arrow), "", ""][:3]
+    left, sign, right = [*_ARROW.split(arrow if isinstance(arrow, str) else ""), "", ""][:3]
     both, pair = sign in {"<->", "<=>"}, not isinstance(rate, str) and isinstance(rate, Sequence)
     if not sign or len(_ARROW.findall(arrow)) > 1:
         faults.append(f'"{arrow}" is no reaction; write one like "A + B -> C"')
@@ -239,6 +267,9 @@ def _terms(side: str, arrow: str, faults: list[str]) -> dict[str, float]:
 def _rate_text(
     arrow: str, left: Mapping[str, float], rate: Value, species: Sequence[str], faults: list[str]
 ) -> str:
+    if not isinstance(rate, str) and not (is_number(rate) and rate >= 0):
+        faults.append(f'"{arrow}": its rate is {rate!r}; it must be a formula, or a number >= 0')
+        return "0"
     text = repr(float(rate)) if not isinstance(rate, str) else rate.strip()
     try:
         used = formulas.names(text)
@@ -271,6 +302,8 @@ def _faults_of_names(kinds: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def _faults_of(what: str, formula: Value, known: set[str]) -> list[str]:
+    if not isinstance(formula, str | Real):
+        return [f"{what} is {formula!r}; it must be a number or a formula"]
     try:
         unknown = sorted(formulas.names(formula) - known)
     except DataError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from domains.kinetics.networks import Value
@@ -21,21 +22,42 @@ Row = Mapping[str, str]  # of a table; "" where a cell is empty, and "" -> the p
 def rows_of(folder: str, files: Sequence[str], kind: str, faults: list[str]) -> list[Row]:
     """The rows of all tables of a kind."""
     found: list[Row] = []
-    if not files:
-        faults.append(f"there is no {kind} table")
+    before = len(faults)
     for name in files:
         try:
             with open(os.path.join(folder, name), encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file, delimiter="\t")
-                columns = [each.strip() for each in reader.fieldnames or ()]
-                missing = [each for each in NEEDED[kind] if each not in columns]
-                faults += [f'{name} has no column "{each}"' for each in missing]
-                for line, cells in enumerate(reader, 2):
-                    row = {str(k).strip(): (v or "").strip() for k, v in cells.items() if k is not None}
-                    if any(row.values()):
-                        found.append({**row, "": f"{name}, line {line}"})
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+                lines = [[cell.strip() for cell in cells] for cells in csv.reader(file, delimiter="\t")]
+        except OSError as error:
+            faults.append(f"{name} cannot be read: {error.strerror}")
+        except (UnicodeDecodeError, csv.Error) as error:
             faults.append(f"{name} cannot be read: {error}")
+        else:
+            found += _read(name, lines, kind, faults)
+    if not found and len(faults) == before:
+        faults.append(f"there is no {kind} table" if not files else f"{', '.join(files)}: there are no rows")
+    return found
+
+
+def _read(name: str, lines: Sequence[Sequence[str]], kind: str, faults: list[str]) -> list[Row]:
+    """The rows of one table, if its columns are in order."""
+    columns = lines[0] if lines else []
+    if len(columns) == 1 and any(sign in columns[0] for sign in ",;"):
+        faults.append(f"{name} has one column; columns of PEtab's tables are separated by tabs")
+        return []
+    wrong = [f'{name} has no column "{each}"' for each in NEEDED[kind] if each not in columns]
+    wrong += [f'{name} has {n} columns "{each}"' for each, n in Counter(columns).items() if each and n > 1]
+    faults += wrong
+    found: list[Row] = []
+    for line, cells in enumerate(lines[1:], 2):
+        if wrong or not any(cells):
+            continue
+        where, beyond = f"{name}, line {line}", [each for each in cells[len(columns) :] if each]
+        if beyond:
+            faults.append(f'{where}: "{beyond[0]}" stands in none of the {len(columns)} columns')
+        row = {each: cells[k] if k < len(cells) else "" for k, each in enumerate(columns)}
+        empty = [each for each in NEEDED[kind] if each.endswith(("Id", "Formula")) and not row[each]]
+        faults += [f"{where}: {each} is empty" for each in empty]
+        found.append({**row, "": where})
     return found
 
 

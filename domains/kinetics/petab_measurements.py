@@ -40,9 +40,15 @@ def measurements(
     named: list[tuple[str, dict[str, Value]]] = []
     rows: dict[tuple[str, str], int] = {}
     found = []
+    wrong: dict[str, list[str]] = {}  # what is, and where
     for row in tables["measurement"]:
         name, where = row["observableId"], row[""]
         time, value = number(row, "time", faults), number(row, "measurement", faults)
+        if name not in table:
+            wrong.setdefault(f'there is no observable "{name}"', []).append(where)
+        words = [row[each] for each, x in (("time", time), ("measurement", value)) if x is None]
+        if any(not is_empty(each) for each in words):  # which ``number`` has told
+            continue
         if time is None or value is None or not (time >= 0 and math.isfinite(value)):
             faults.append(
                 f'{where}: time is "{row["time"]}" and measurement "{row["measurement"]}"; '
@@ -50,13 +56,14 @@ def measurements(
             )
             continue
         if name not in table:
-            faults.append(f'{where}: there is no observable "{name}"')
             continue
         if value <= 0 and _transformation(table[name]) != "lin":
             faults.append(
                 f'{where}: measurement is {value:g}; on the log scale of "{name}" it must be above 0'
             )
-        given = _placed(row, table[name], faults)
+        given, unplaced = _placed(row, table[name])
+        for fault in unplaced:
+            wrong.setdefault(fault, []).append(where)
         words = tuple(f"{k}={v}" for k, v in given.items() if isinstance(v, str))
         if (name, words) not in kinds:
             kinds[name, words] = len(named)
@@ -65,6 +72,10 @@ def measurements(
         pair = (row["simulationConditionId"], "" if is_empty(before) else before)
         own = [v for v in given.values() if not isinstance(v, str)]
         found.append(Measured(rows.setdefault(pair, len(rows)), kinds[name, words], time, value, own))
+    faults += [
+        f"{places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}: {fault}"
+        for fault, places in wrong.items()
+    ]
     labels = _labels(named)
     kinds_found = tuple(
         _observable(table[n], given, label) for (n, given), label in zip(named, labels, strict=True)
@@ -89,23 +100,27 @@ def _labels(named: Sequence[tuple[str, Mapping[str, Value]]]) -> list[str]:
     ]
 
 
-def _placed(row: Row, observable: Row, faults: list[str]) -> dict[str, Value]:
-    """What a measurement puts in place of each placeholder of its observable."""
+def _placed(row: Row, observable: Row) -> tuple[dict[str, Value], list[str]]:
+    """What a measurement puts in place of each placeholder of its observable, and what is wrong with it."""
     text = f"{observable['observableFormula']} {observable['noiseFormula']}"
     needed = {(kind, int(k)) for kind, k, of in _PLACEHOLDER.findall(text) if of == row["observableId"]}
     found: dict[str, Value] = {}
+    faults = []
     for kind in ("observable", "noise"):
         cell = row.get(f"{kind}Parameters", "")
         given = [] if is_empty(cell) else [each.strip() for each in cell.split(";")]
         count = max((k for of, k in needed if of == kind), default=0)
         if len(given) != count:
-            faults.append(f'{row[""]}: {kind}Parameters is "{cell}"; "{row["observableId"]}" needs {count}')
+            faults.append(f'{kind}Parameters is "{cell}"; "{row["observableId"]}" needs {count}')
             given = (given + ["1"] * count)[:count]
         places = [f"{kind}Parameter{k + 1}_{row['observableId']}" for k in range(count)]
         found |= {place: as_value(each) for place, each in zip(places, given, strict=True)}
-    bad = [k for k, v in found.items() if not isinstance(v, str) and not math.isfinite(v)]
-    faults += [f'{row[""]}: "{name}" is not finite' for name in bad]
-    return found
+    numbers = {name: value for name, value in found.items() if not isinstance(value, str)}
+    faults += [f'"{name}" is not finite' for name, value in numbers.items() if not math.isfinite(value)]
+    alone = numbers.get(observable["noiseFormula"], 1.0)
+    if alone <= 0:
+        faults.append(f'noiseParameters is "{row["noiseParameters"]}"; the scale of noise must be above 0')
+    return found, faults
 
 
 def _observable(row: Row, given: Mapping[str, Value], label: str) -> Observable:

@@ -11,13 +11,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from domains.kinetics import formulas
-from domains.kinetics.networks import Network, Value, missing_or_unknown
+from domains.kinetics.networks import Network, Value, entries_of, is_number, missing_or_unknown
 from scivi.errors import DataError, TemplateError, listed
 
 SCALES = ("lin", "log", "log10")
@@ -60,17 +61,45 @@ class Parameter:
         found, low, high = [], self.lower, self.upper
         if self.scale not in SCALES:
             found.append(f"its scale is {self.scale!r}; it must be one of {', '.join(SCALES)}")
-        if not self.is_estimated and (self.nominal is None or not math.isfinite(self.nominal)):
+        if not self.is_estimated and self.nominal is None:
             found.append("it is not estimated, and has no nominal value")
-        if self.is_estimated and (low is None or high is None or not low < high):
-            found.append(f"its bounds are {low} and {high}; the lower must be below the upper")
-        elif self.is_estimated and low is not None and self.scale != "lin" and low <= 0:
+        elif self.nominal is not None and not is_number(self.nominal):
+            found.append(f"its nominal value is {self.nominal!r}; it must be a finite number")
+        bounded = is_number(low) and is_number(high) and low < high  # type: ignore[operator]
+        if self.is_estimated and not bounded:
+            found.append(f"its bounds are {low} and {high}; the lower must be below the upper, both finite")
+        elif self.is_estimated and low is not None and self.scale in ("log", "log10") and low <= 0:
             found.append(f"its lower bound is {low:g}; on the scale {self.scale} it must be above 0")
+        elif self.is_estimated and self.prior in PRIORS:
+            found += self._faults_of_prior()
         if self.prior and self.prior not in PRIORS:
             found.append(f"its prior is {self.prior!r}; it must be one of {', '.join(PRIORS)}")
-        elif self.prior and self.prior_parameters and len(self.prior_parameters) != PRIORS[self.prior]:
-            found.append(f"its prior {self.prior!r} needs two parameters, not {len(self.prior_parameters)}")
         return [f'parameter "{self.name}": {fault}' for fault in found]
+
+    def _faults_of_prior(self) -> list[str]:
+        """What cannot be right in it, where the bounds are."""
+        found, numbers, kind = [], self.prior_parameters, self.prior.removeprefix("parameterScale")
+        low, high = float(self.lower or 0.0), float(self.upper or 0.0)
+        if kind.startswith("log") and low < 0:
+            found.append(f"its lower bound is {low:g}; the prior {self.prior!r} has nothing below 0")
+        if not numbers:
+            return found
+        told = f"its prior {self.prior!r} has {'; '.join(map(str, numbers))}"
+        if len(numbers) != PRIORS[self.prior]:
+            return [*found, f"its prior {self.prior!r} needs two parameters, not {len(numbers)}"]
+        if not all(map(is_number, numbers)):
+            return [*found, f"{told}, which are no finite numbers"]
+        first, second = numbers
+        if kind.lower() != "uniform" and second <= 0:
+            found.append(f"{told}; its scale must be above 0")
+        elif kind.lower() == "uniform":
+            if self.prior != "uniform" and self.scale != "lin":
+                low, high = (
+                    math.log(x) / (1.0 if self.scale == "log" else math.log(10)) for x in (low, high)
+                )
+            if not max(first, low) < min(second, high):
+                found.append(f"{told}; between these and its bounds nothing is left")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +151,9 @@ class Problem:
     def __post_init__(self) -> None:
         for each in ("parameters", "observables"):
             object.__setattr__(self, each, tuple(getattr(self, each)))
+        if wrong := [row for row in self.rows if isinstance(row, str) or len(row) != 2]:
+            told = (f'{row!r} is no pair; write (condition, "") or (condition, before)' for row in wrong)
+            raise TemplateError(listed("the rows of the problem cannot be read:", told))
         object.__setattr__(self, "rows", tuple((now, before) for now, before in self.rows))
         plain = {name: MappingProxyType(dict(sets)) for name, sets in self.conditions.items()}
         object.__setattr__(self, "conditions", MappingProxyType(plain))
@@ -165,7 +197,7 @@ class Problem:
             ("parameters", Parameter, ("name",)),
             ("observables", Observable, ("name", "formula", "noise")),
         ):
-            for k, each in enumerate(table.get(key, ())):
+            for k, each in enumerate(entries_of(table, key, faults)):
                 faults += [f"{key}, {k + 1}: {fault}" for fault in missing_or_unknown(kind, each, needed)]
         if faults:
             raise TemplateError(listed("the problem cannot be read:", faults))
@@ -196,7 +228,10 @@ class Problem:
             found += [f'observable "{each.name}": {fault}' for fault in _faults_of_observable(each, known)]
         if not self.rows:
             found.append("nothing is simulated: there are no rows")
-        return list(dict.fromkeys(found))
+        if not self.observables:
+            found.append("nothing is measured: there are no observables")
+        found = list(dict.fromkeys(found))
+        return found or [*_unused(self), *_not_positive(self)]
 
 
 def faults_of_data(
@@ -277,8 +312,55 @@ def _faults_of_sets(net: Network, table: set[str], sets: Mapping[str, Value]) ->
         if isinstance(value, str):
             if value not in table and value not in net.parameters:
                 yield f'"{name}" is "{value}", which is no parameter'
-        elif not math.isfinite(value) or (name in amounts and value < 0):
-            yield f'"{name}" is {value:g}; it must be finite' + (" and >= 0" if name in amounts else "")
+        elif not is_number(value) or (name in amounts and value < 0):
+            told = f"{value:g}" if isinstance(value, Real) else repr(value)
+            yield f'"{name}" is {told}; it must be finite' + (" and >= 0" if name in amounts else "")
+
+
+def _unused(problem: Problem) -> Iterable[str]:
+    """Estimated parameters that nothing depends on: most likely their names are not those that were meant."""
+    used = {*problem.network.parameters, *(v for sets in problem.conditions.values() for v in sets.values())}
+    for each in problem.observables:
+        used |= formulas.names(each.formula) | formulas.names(each.noise)
+    for each in problem.estimated:
+        if each.name not in used:
+            yield f'parameter "{each.name}" is estimated, and used nowhere in the network or the observables'
+
+
+def _not_positive(problem: Problem) -> Iterable[str]:
+    """Amounts that begin below 0 and scales of noise that are not above it, whatever is estimated."""
+    net, table = problem.network, {each.name: each for each in problem.parameters}
+    fixed = {n: formulas.number(float(p.nominal or 0.0)) for n, p in table.items() if not p.is_estimated}
+    open_to = {n: formulas.symbol(n) for n, p in table.items() if p.is_estimated}
+    text = {**net.parameters, **net.initial, **net.assignments}
+    for condition, sets in problem.conditions.items():
+        where = f'under the condition "{condition}" the initial value of'
+        given = {**fixed, **open_to, "time": formulas.TIME}
+        given |= {k: given[v] if v in given else formulas.read(v) for k, v in sets.items()}
+        rest = {name: formulas.read(value) for name, value in text.items() if name not in given}
+        value = formulas.within(rest, given)
+        for name in (*net.species, *net.held):
+            if name not in net.signed and (told := _least(value(name), table)):
+                yield f'{where} "{name}" {told}; it must be finite and >= 0'
+    for each in problem.observables:
+        noise = formulas.read(each.noise)
+        at = {s: fixed[s.name] for s in noise.free_symbols if s.name in fixed}  # type: ignore[union-attr]
+        found: Any = noise.xreplace(at)
+        if found == 0:
+            yield f'observable "{each.name}": its noise is 0; it must be above 0'
+        elif told := _least(found, table):
+            yield f'observable "{each.name}": its noise {told}; it must be above 0'
+
+
+def _least(found: Any, table: Mapping[str, Parameter]) -> str:
+    """How an expression is negative: as a number, or at the lower bound of the parameter that it is."""
+    if not formulas.is_finite(found):
+        return "is no finite real number"
+    if found.is_number:
+        return f"is {float(found):g}" if float(found) < 0 else ""
+    each = table.get(found.name) if found.is_Symbol else None
+    below = each is not None and each.is_estimated and each.scale == "lin" and float(each.lower or 0.0) < 0
+    return f'may be as low as {each.lower:g}, the lower bound of "{each.name}"' if each and below else ""
 
 
 def _faults_of_observable(each: Observable, known: set[str]) -> Iterable[str]:
@@ -287,6 +369,9 @@ def _faults_of_observable(each: Observable, known: set[str]) -> Iterable[str]:
     if each.distribution not in DISTRIBUTIONS:
         yield f"its noise is {each.distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}"
     for what, formula in (("formula", each.formula), ("noise", each.noise)):
+        if not isinstance(formula, str | Real):
+            yield f"its {what} is {formula!r}; it must be a number or a formula"
+            continue
         try:
             unknown = sorted(formulas.names(formula) - known - {*each.slots})
         except DataError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,32 +32,63 @@ def read(path: str | os.PathLike[str]) -> tuple[Problem, xr.Dataset]:
 
     Raises:
         DataError: listing every fault of every table and of the model.
-        Unsupported: listing all that is not offered; or petab or python-libsbml is not installed.
+        Unsupported: listing all that is not offered, and what is wrong besides; or petab or python-libsbml is
+            not installed.
+
+    Warns:
+        UserWarning: nominal values of estimated parameters are outside of their bounds.
     """
     folder, config, name = _opened(path)
-    faults: list[str] = []
-    tables = {kind: rows_of(folder, config[kind], kind, faults) for kind in NEEDED}
-    if faults:
-        raise DataError(listed(f'the problem "{name}" cannot be read:', faults))
-    if refused := _refused(tables["observable"]):
-        raise Unsupported(listed(f'the problem "{name}" needs what is not offered:', refused))
-    parameters = tuple(_parameter(row, faults) for row in tables["parameter"])
-    conditions = _conditions(tables["condition"], faults)
+    wrong: dict[str, list[str]] = {kind: [] for kind in NEEDED}
+    tables = {kind: rows_of(folder, config[kind], kind, wrong[kind]) for kind in NEEDED}
+    faults = [fault for each in wrong.values() for fault in each]
+    whole = not faults
+    refused = _refused(tables["observable"]) if not wrong["observable"] else []
+    parameters = tuple(_parameter(row, faults) for row in tables["parameter"]) if whole else ()
+    conditions = _conditions(tables["condition"], faults) if whole else {}
     everywhere = set.intersection(*map(set, conditions.values())) if conditions else set()
+    model = os.path.join(folder, config["sbml"])
     network = None
     try:
-        network = sbml.read(
-            os.path.join(folder, config["sbml"]), given={*everywhere, *(p.name for p in parameters)}
-        )
+        network = sbml.read(model, given={*everywhere, *(p.name for p in parameters)})
+    except Unsupported as error:
+        refused.append(_within(config["sbml"], error))
     except DataError as error:
-        faults.append(str(error))
-    kinds, rows, measured = measurements(tables, faults)
-    if network is not None:
-        problem = Problem(network, parameters, kinds, conditions, rows, name)
-        faults += problem.faults()
-        if not faults:
-            return problem, dataset(problem, measured)
-    raise DataError(listed(f'the problem "{name}" cannot be used:', dict.fromkeys(faults)))
+        if whole or not os.path.isfile(model):  # else values may be missing that the tables give
+            faults.append(_within(config["sbml"], error))
+    if whole and not any(each.is_estimated for each in parameters):
+        faults.append("no parameter is estimated")
+    if whole:
+        kinds, rows, measured = measurements(tables, faults)
+        if network is not None:
+            problem = Problem(network, parameters, kinds, conditions, rows, name)
+            faults += problem.faults()
+            if not (faults or refused):
+                _warn_of_nominal_values(problem)
+                return problem, dataset(problem, measured)
+    faults = list(dict.fromkeys(faults))
+    if refused:
+        also = [f"besides, this is wrong: {fault}" for fault in faults]
+        raise Unsupported(listed(f'the problem "{name}" needs what is not offered:', [*refused, *also]))
+    raise DataError(listed(f'the problem "{name}" cannot be used:', faults))
+
+
+def _within(name: str, error: Exception) -> str:
+    """An error of one file, further in."""
+    told = str(error).replace("\n", "\n  ")
+    return told if name in told.partition("\n")[0] else f"{name}: {told}"
+
+
+def _warn_of_nominal_values(problem: Problem) -> None:
+    """Of estimated parameters: outside of the bounds they may be of another unit than these."""
+    outside = [
+        f"{each.name} ({each.nominal:g})"
+        for each in problem.estimated
+        if each.nominal is not None and not each.lower <= each.nominal <= each.upper  # type: ignore[operator]
+    ]
+    if outside:
+        told = f"{len(outside)} nominal values are outside of the bounds; a fit does not use them"
+        warnings.warn(f"{problem.name}: {told}: {', '.join(outside)}", stacklevel=3)
 
 
 def _opened(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any], str]:
@@ -75,27 +107,48 @@ def _opened(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any], str]:
         path = os.path.join(path, found[0])
     try:
         config = yaml.load_yaml(path)
-    except (OSError, ValueError, yaml.yaml.YAMLError) as error:
-        raise DataError(f'"{path}" cannot be read: {error}') from None
+    except OSError as error:
+        raise DataError(f'"{path}" cannot be read: {error.strerror}.') from None
+    except (ValueError, yaml.yaml.YAMLError) as error:
+        raise DataError(f'"{path}" cannot be read as YAML: {error}') from None
     name = os.path.splitext(os.path.basename(path))[0]
     if not isinstance(config, dict) or "format_version" not in config:
         raise DataError(f'"{path}" is no PEtab problem: it has no "format_version".')
-    version, problems = str(config["format_version"]), config.get("problems", [])
+    version, problems = str(config["format_version"]), config.get("problems")
     refused = [] if version.split(".")[0] == "1" else [f"PEtab {version}; version 1 is"]
-    if len(problems) != 1:
+    faults: list[str] = []
+    if not isinstance(problems, list) or not all(isinstance(each, dict) for each in problems):
+        if not refused:  # version 2 has no such list
+            faults.append(f'"problems" is {problems!r}; it must be a list of what the problem consists of')
+        problems = []
+    elif len(problems) != 1:
         refused.append(f"{len(problems)} problems in one file; one is")
     only = problems[0] if problems else {}
-    if len(only.get("sbml_files", ())) != 1:
-        refused.append(f"{len(only.get('sbml_files', ()))} SBML models; one is")
+    files = {
+        kind: _files(only, f"{kind}_files", faults) for kind in ("condition", "observable", "measurement")
+    }
+    files["parameter"] = _files(config, "parameter_file", faults)
+    models = _files(only, "sbml_files", faults)
+    if only and len(models) != 1:
+        refused.append(f"{len(models)} SBML models; one is")
     refused += [
         f'"{each}"' for each in ("mapping_files", "model_files", "extensions") if {**config, **only}.get(each)
     ]
     if refused:
-        raise Unsupported(listed(f'the problem "{name}" needs what is not offered:', refused))
-    files = {kind: only.get(f"{kind}_files", []) for kind in ("condition", "observable", "measurement")}
-    files["parameter"] = config.get("parameter_file", [])
-    listed_files = {k: [v] if isinstance(v, str) else list(v) for k, v in files.items()}
-    return os.path.dirname(path), {**listed_files, "sbml": only["sbml_files"][0]}, name
+        raise Unsupported(listed(f'the problem "{name}" needs what is not offered:', [*refused, *faults]))
+    if faults:
+        raise DataError(listed(f'the problem "{name}" cannot be read:', faults))
+    return os.path.dirname(path), {**files, "sbml": models[0]}, name
+
+
+def _files(table: dict[str, Any], key: str, faults: list[str]) -> list[str]:
+    """Names of files, of which there may be one or several."""
+    found = table.get(key) or []
+    names = [found] if isinstance(found, str) else found
+    if isinstance(names, list) and all(isinstance(each, str) for each in names):
+        return names
+    faults.append(f'"{key}" is {found!r}; it must be the name of a file, or a list of such')
+    return []
 
 
 def _parameter(row: Row, faults: list[str]) -> Parameter:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable
 from os import PathLike, fspath
 from typing import Any
@@ -34,6 +35,8 @@ def read(path: str | PathLike[str], *, given: Collection[str] = ()) -> Network:
             return parse(file.read(), given=given)
     except OSError as error:
         raise DataError(f'"{fspath(path)}" cannot be read: {error.strerror}.') from None
+    except UnicodeDecodeError as error:
+        raise DataError(f'"{fspath(path)}" is no text in UTF-8: {error}.') from None
 
 
 def parse(text: str, *, given: Collection[str] = ()) -> Network:
@@ -48,7 +51,8 @@ def parse(text: str, *, given: Collection[str] = ()) -> Network:
 
     Raises:
         DataError: listing every fault of the model.
-        Unsupported: listing all that a network has not; or python-libsbml is not installed.
+        Unsupported: listing all that a network has not, and what is wrong besides; or python-libsbml is not
+            installed.
     """
     try:
         import libsbml
@@ -60,6 +64,7 @@ def parse(text: str, *, given: Collection[str] = ()) -> Network:
         f"line {each.getLine()}: {each.getMessage().strip()}"
         for each in problems
         if each.getSeverity() >= libsbml.LIBSBML_SEV_ERROR
+        and each.getErrorId() != libsbml.MissingXMLEncoding  # which XML lets be missing: it is UTF-8 then
     ]
     model = document.getModel()
     if faults or model is None:
@@ -90,9 +95,25 @@ class _Reader:
 
     def network(self, given: Collection[str]) -> Network:
         refused = [*_refused(self.document, self.model), *self._refused_names(), *self.writer.refused]
+        faults = [*_repeated(self.model), *self._homeless()]
+        found = None
+        if not faults:
+            found, lacking = self._made(given)
+            twice = self._twice_ruled()
+            told = [f'"{name}"' for name in twice] + (["finite number", "no species"] if refused else [])
+            faults = [f'"{name}" has no value' for name in lacking] + [*twice.values()]
+            faults += [each for each in found.faults() if not any(name in each for name in told)]
+        name = self.model.getId() or "network"
         if refused:
-            what = dict.fromkeys(refused)
-            raise Unsupported(listed(f'"{self.model.getId()}" uses what a network has not:', what))
+            also = [f"besides, this is wrong: {each}" for each in faults]
+            what = [*dict.fromkeys(refused), *also]
+            raise Unsupported(listed(f'"{name}" uses what a network has not:', what))
+        if faults or found is None:
+            raise DataError(listed(f'the model "{name}" cannot be used:', faults))
+        return found
+
+    def _made(self, given: Collection[str]) -> tuple[Network, list[str]]:
+        """The network, and the names that lack a value."""
         changed = {s for reaction in self.model.getListOfReactions() for s in self._change(reaction)}
         states = [s for s in self.species if s in changed or s in self.slopes]
         states += [p for p in self.parameters if p in self.slopes]
@@ -101,7 +122,7 @@ class _Reader:
         lacking = [n for n, v in values.items() if v is None and n not in given]
         unsized = [name for name in lacking if name in self.compartments]
         if unsized:
-            warnings.warn(f"compartments without a size have size 1: {', '.join(unsized)}", stacklevel=4)
+            warnings.warn(f"compartments without a size have size 1: {', '.join(unsized)}", stacklevel=5)
         known = {n: float(n in unsized) if v is None else v for n, v in values.items()}
         made = [
             Reaction(r.getId(), self._change(r), self.rates[r.getId()])
@@ -119,10 +140,21 @@ class _Reader:
             held=tuple(s for s in self.species if s in known and s not in states),
             name=self.model.getId() or "network",
         )
-        faults = [f'"{name}" has no value' for name in lacking if name not in unsized] + found.faults()
-        if faults:
-            raise DataError(listed(f'the model "{found.name}" cannot be used:', faults))
-        return found
+        return found, [name for name in lacking if name not in unsized]
+
+    def _homeless(self) -> Iterable[str]:
+        """Species in compartments that are not there."""
+        for name, species in self.species.items():
+            if (home := species.getCompartment()) not in self.compartments:
+                yield f'species "{name}" is in the compartment "{home}", which is not there'
+
+    def _twice_ruled(self) -> dict[str, str]:
+        """What several things decide on: the fault of each name."""
+        changed = {s for reaction in self.model.getListOfReactions() for s in self._change(reaction)}
+        ruled = [rule.getVariable() for rule in self.model.getListOfRules() if not rule.isAlgebraic()]
+        found = {name: f'"{name}" has {n} rules' for name, n in Counter(ruled).items() if n > 1}
+        both = [name for name in ruled if name in changed]
+        return found | {name: f'"{name}" has a rule, and reactions change it as well' for name in both}
 
     def _valued(self) -> Iterable[str]:
         for name in (*self.compartments, *self.parameters, *self.species):
@@ -201,6 +233,24 @@ def _locals(reaction: Any) -> list[Any]:
     law = reaction.getKineticLaw()
     both = () if law is None else (*law.getListOfParameters(), *law.getListOfLocalParameters())
     return list({each.getId(): each for each in both}.values())  # Level 3 gives them by either name
+
+
+def _repeated(model: Any) -> Iterable[str]:
+    """Names that more than one thing has."""
+    kinds = {
+        "species": model.getListOfSpecies(),
+        "parameter": model.getListOfParameters(),
+        "compartment": model.getListOfCompartments(),
+        "reaction": model.getListOfReactions(),
+        "function": model.getListOfFunctionDefinitions(),
+    }
+    held: dict[str, list[str]] = {}
+    for kind, found in kinds.items():
+        for each in found:
+            held.setdefault(each.getId(), []).append(kind)
+    for name, named in held.items():
+        if len(named) > 1:
+            yield f'"{name}" is the name of several: {", ".join(named)}'
 
 
 def _refused(document: Any, model: Any) -> Iterable[str]:

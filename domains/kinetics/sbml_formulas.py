@@ -16,6 +16,7 @@ _SIGNS = ({"PLUS": "+", "MINUS": "-"}, {"TIMES": "*", "DIVIDE": "/"})
 _JOINED = {"LOGICAL_AND": ("&&", "true"), "LOGICAL_OR": ("||", "false")}
 _COMPARED = {"EQ": "==", "NEQ": "!=", "LT": "<", "GT": ">", "LEQ": "<=", "GEQ": ">="}
 _WORDS = {"NAME_TIME": "time", "CONSTANT_TRUE": "true", "CONSTANT_FALSE": "false"}
+_COUNTS = {"POWER": (2,), "ROOT": (1, 2), "LOG": (1, 2), "LOGICAL_NOT": (1,)}
 _NUMBERS = {"CONSTANT_E": math.e, "CONSTANT_PI": math.pi, "NAME_AVOGADRO": 6.02214179e23}  # SBML L3V1, 3.4.6
 
 
@@ -32,6 +33,7 @@ class Writer:
 
     def __init__(self, libsbml: Any, model: Any) -> None:
         self.libsbml, self.refused = libsbml, dict[str, None]()
+        self.under_way: list[str] = []
         self.functions = {each.getId(): each for each in model.getListOfFunctionDefinitions()}
         kinds = [name for name in dir(libsbml) if name.startswith("AST_")]
         self.kinds = {getattr(libsbml, name): name.removeprefix("AST_") for name in kinds}
@@ -92,11 +94,20 @@ class Writer:
         if definition.getNumArguments() != len(arguments):
             self.refused[f'function "{name}" of {len(arguments)} arguments'] = None
             return "0"
+        if name in self.under_way:
+            self.refused[f'function "{name}", which calls itself'] = None
+            return "0"
         own = {definition.getArgument(k).getName(): text for k, text in enumerate(arguments)}
-        return self.write(definition.getBody(), own)
+        self.under_way.append(name)
+        body = self.write(definition.getBody(), own)
+        self.under_way.pop()
+        return body
 
     def _operation(self, kind: str, parts: list[str], node: Any) -> str:
         kind = kind.removeprefix("FUNCTION_")
+        if len(parts) not in _COUNTS.get(kind, (len(parts),)):
+            self.refused[f'"{kind.lower()}" of {len(parts)} arguments'] = None
+            return "0"
         if kind == "POWER":
             return f"(({parts[0]})^({parts[1]}))"
         if kind == "ROOT":
@@ -110,7 +121,7 @@ class Writer:
             return f"({f' {sign} '.join(parts)})" if parts else empty
         if kind.removeprefix("RELATIONAL_") in _COMPARED:
             sign = _COMPARED[kind.removeprefix("RELATIONAL_")]
-            pairs = [f"({a} {sign} {b})" for a, b in pairwise(parts)]
+            pairs = [f"({a} {sign} {b})" for a, b in pairwise(parts)] or ["true"]
             return pairs[0] if len(pairs) == 1 else f"({' && '.join(pairs)})"
         if kind == "LOGICAL_NOT":
             return f"(!{parts[0]})"

@@ -23,9 +23,11 @@ from domains.kinetics.priors import ParameterPrior
 from domains.kinetics.simulation import FLOOR, Form, Simulated, simulated
 
 DIFFERENCE = 1e-4  # on the unbounded scale, for the curvature alone (our choice)
+RTOL, ATOL = 1e-6, 1e-9  # of solutions, at most: their errors must be small beside those differences
 FARTHEST = 2.0  # of a step in a coordinate of the unbounded scale (our choice)
 SETTLED = 1e-3  # nats that a step must gain to go on (our choice)
 MOST_STEPS = 500  # of a solution: what takes more is no mode (our choice)
+FLAT = 2.0  # sd of a direction that nothing is known of: a uniform prior's is 1.8 on the unbounded scale
 WIDEST = 5.0  # draws of the prior this far out on the unbounded scale are pulled in: the slope there is none
 
 
@@ -37,7 +39,8 @@ class Modes:
         theta: parameters on their own scales (start, parameter).
         log_density: log posterior density on the unbounded scale, up to a constant (start,).
         log_likelihood: of the measurements (start,).
-        covariance: inverse curvature there on the unbounded scale (start, parameter, parameter).
+        covariance: inverse curvature there on the unbounded scale, no wider than ``FLAT`` in any direction,
+            (start, parameter, parameter).
     """
 
     theta: Tensor
@@ -149,7 +152,8 @@ def modes(
         seed: of the draws.
         progress: show a progress bar.
     """
-    target = target_of(replace(form, method="rodas5p", max_steps=MOST_STEPS), table)
+    exact = {"rtol": min(form.rtol, RTOL), "atol": min(form.atol, ATOL)}
+    target = target_of(replace(form, method="rodas5p", max_steps=MOST_STEPS, **exact), table)
     generator = torch.Generator().manual_seed(seed)
     u = torch.rand((starts, len(form.problem.estimated)), generator=generator, dtype=torch.float64)
     drawn = [each.sample(column) for each, column in zip(target.prior.each, u.unbind(-1), strict=True)]
@@ -176,6 +180,7 @@ def modes(
         going[at] = ~((better & (gain < SETTLED)) | (damping[at] >= 1e8))
     order = torch.argsort(torch.where(torch.isfinite(value), value, -torch.inf), descending=True)
     x = x[order]
-    covariance = torch.linalg.pinv(target.curvature(x), hermitian=True)
+    flat = torch.eye(x.shape[-1], dtype=x.dtype) / FLAT**2
+    covariance = torch.linalg.inv(target.curvature(x) + flat)
     theta = biject_to(target.prior.support)(x)
     return Modes(theta.detach(), value[order], fit[order], covariance)

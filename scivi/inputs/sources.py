@@ -29,6 +29,7 @@ __all__ = ["TableSource", "arranged", "as_table", "from_anndata", "from_table", 
 _CHUNK = 2**19  # entries of a field that are checked at a time (our choice: 4 MB as float64)
 _PIECE = 2**23  # entries that are read before they take a narrower type (our choice: 64 MB as float64)
 _LABELS = 2**16  # labels that are read at a time (our choice: 5 MB as text)
+FEW_ENTRIES = 2**20  # of all fields together, up to which ``validate`` sees them whole (our choice)
 _HASHES = 2**20  # hashes of labels that are compared at a time (our choice: 8 MB)
 _MOST_LABELS = 1_000_000  # labels that are read to warn of repeated ones (our choice)
 
@@ -203,7 +204,8 @@ def open_source(
         rows: its row dims.
         name: its name, for messages.
         sizes: of dims that the data do not give: a number, or the dim that has the same size.
-        validate: more faults, from the fields without rows and the labels of all dims, both by name.
+        validate: more faults, from fields and the labels of all dims, both by name. It sees fields with rows
+            only if all fields together have ``FEW_ENTRIES`` at most.
         distinct: whether a label of a row that occurs more than once is a fault; else it is a warning.
 
     Returns:
@@ -233,7 +235,9 @@ def open_source(
     fingerprint, spans, faults = _checked(source, tuple(rows), matching)
     common = [n for n, f in fields.items() if not set(f.dims) & set(rows)]
     if validate is not None and matching.can_be_read(common) and not matching.unsized:
-        faults += validate({n: source.whole(n) for n in common}, source.coords)
+        few = sum(math.prod(found[d] for d in f.dims) for f in fields.values()) <= FEW_ENTRIES
+        seen = [n for n in fields if n in common or (few and matching.can_be_read([n]))]
+        faults += validate({n: source.whole(n) for n in seen}, source.coords)
     told = [d for d in rows if d in labels and (distinct or found[d] <= _MOST_LABELS)]
     repeated = [fault for d in told if (fault := _repeated(d, labels[d]))]
     other = [

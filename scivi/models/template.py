@@ -48,9 +48,10 @@ class Template:
         sizes: of dims that no field has: a number (a latent dimension), or the name of the dim that it
             equals.
         coords: labels along such dims.
-        validate: ``(values, coords) -> faults``, from the fields without rows and the labels of all dims to
-            sentences on what is wrong with the data; it sees what the fields' supports cannot say. It is
-            asked even where entries are off their support, so that all faults are told at once.
+        validate: ``(values, coords) -> faults``, from fields and the labels of all dims to sentences on what
+            is wrong with the data; it sees what the fields' supports cannot say. It is asked even where
+            entries are off their support, so that all faults are told at once. Of a table of more than a
+            million entries it sees the fields without rows alone.
         distinct: whether labels of rows must be distinct.
         made: if a function made it, that function as "module:name" and the settings, by keyword and such as
             JSON holds, with which it makes it again (but for its prior); so a saved fit finds its template.

@@ -420,9 +420,12 @@ def test_categories_are_refused_in_memory_and_on_disk(truth, tmp_path):
             opened(data, fields)
 
 
-def test_a_template_may_refuse_data():
+@pytest.mark.parametrize("few", [True, False])
+def test_a_template_may_refuse_data(few, monkeypatch):
+    monkeypatch.setattr("scivi.inputs.sources.FEW_ENTRIES", 1000 if few else 1)
+
     def overlapping(values, coords):
-        assert set(values) == {"edge"}
+        assert set(values) == ({*BANDS} if few else {"edge"})
         return [f"bands {', '.join(coords['band'])} overlap"] if values["edge"][0] < 1 else []
 
     with pytest.raises(DataError, match="bands soft, hard overlap"):
@@ -516,7 +519,7 @@ def test_all_kinds_of_faults_come_in_one_error():
     )  # fmt: skip
     assert len(lines) == len(words)
     assert all(word in line for word, line in zip(words, lines, strict=True))
-    assert asked == [(["edge"], ["a", "a"])]
+    assert asked == [(["context", "edge", "methylated", "total"], ["a", "a"])]  # so few are seen whole
 
 
 def test_a_template_is_not_asked_about_what_cannot_be_read():
