@@ -13,6 +13,7 @@ from scivi.analysis.weights import SHIFT_SD
 
 # Burda, Grosse, Salakhutdinov 2016: a unit is active if its means vary by more than 0.01 under a unit prior
 ACTIVE_SHARE = 0.01
+ENDS = {(False, False): "", (True, False): "lower", (False, True): "upper", (True, True): "both"}
 
 
 def plateau(
@@ -180,30 +181,41 @@ def contraction(tree: xr.DataTree, *, threshold: float = 1.1) -> xr.Dataset:
 
     Returns:
         Dim variable, population entries one by one, row-level variables by their median: prior_spread,
-        posterior_spread, contraction, ok.
+        posterior_spread, contraction, ok; end, at which end of its prior a posterior piles up: "lower",
+        "upper", "both" or "".
+
+    Notes:
+        A posterior piles up at an end if its outer 5 % begin within a quarter of its spread from the prior's
+        farthest draw (our choice): a uniform does, at both; a normal is 1.6 spreads away from there even if
+        nothing was learnt. It is what the prior says that bounds it there, not the data.
     """
 
     def spread(values: np.ndarray) -> dict[str, np.ndarray]:
-        low, high = np.quantile(values, [0.158655, 0.841345], axis=(0, 1))
-        return {"spread": (high - low) / 2}
+        left, low, high, right = np.quantile(values, [0.05, 0.158655, 0.841345, 0.95], axis=(0, 1))
+        ends = {"least": values.min((0, 1)), "most": values.max((0, 1))}
+        return {"spread": (high - low) / 2, "left": left, "right": right, **ends}
 
     posterior, prior = groups.group(tree, "posterior"), groups.group(tree, "prior")
     local = set(groups.local_names(tree))
-    names, wide, narrow = [], [], []
+    names, wide, narrow, ends = [], [], [], []
     for name, array in groups.numeric(posterior).items():
         if name not in prior:
             continue
-        after = groups.entrywise(array, spread)["spread"].rename(name)
-        before = groups.entrywise(prior[name], spread)["spread"].rename(name)
+        own, its = groups.entrywise(array, spread), groups.entrywise(prior[name], spread)
+        after, before = own["spread"].rename(name), its["spread"].rename(name)
         if name in local or before.shape != after.shape:
             names.append(name)
             wide.append(np.nanmedian(before, keepdims=True).ravel())
             narrow.append(np.nanmedian(after, keepdims=True).ravel())
+            ends.append("")
         else:
             names += groups.labels(after)
             wide.append(before.values.ravel())
             narrow.append(after.values.ravel())
+            near = 0.25 * after.values
+            lower, upper = own["left"].values - its["least"].values, its["most"].values - own["right"].values
+            ends += [ENDS[a, b] for a, b in zip((lower < near).flat, (upper < near).flat, strict=True)]
     a, b = (np.concatenate(parts) if parts else np.empty(0) for parts in (wide, narrow))
     ratio = b / np.where(a > 0, a, np.nan)
     columns = {"prior_spread": a, "posterior_spread": b, "contraction": ratio, "ok": ~(ratio > threshold)}
-    return groups.table("variable", names, columns, threshold=threshold)
+    return groups.table("variable", names, {**columns, "end": ends}, threshold=threshold)

@@ -9,6 +9,7 @@ import xarray as xr
 
 from scivi.analysis.check import RICHER, Check, either, listed, note, worst
 
+HARDLY = 0.7  # posterior over prior spread; of normals, 1 / sqrt(2) where the data say as much as the prior
 SEE_MODEL = "If the fit is otherwise sound, the model is in question: see the predictive figure."
 
 
@@ -25,7 +26,22 @@ def _contraction(table: xr.Dataset) -> list[Check]:
     text = f"Posterior wider than prior for {listed(table, bad)} (up to {value:.2f} times)."
     advice = "Check the prior of these variables, and whether the guide is too wide."
     good, limit = "No posterior is wider than its prior.", table.attrs["threshold"]
-    return [either("contraction", value, limit, not bad.any(), "care", good, text, advice)]
+    result = [either("contraction", value, limit, not bad.any(), "care", good, text, advice)]
+    return [*result, *_identification(table)]
+
+
+def _identification(table: xr.Dataset) -> list[Check]:
+    """What the data leave open: nothing is wrong with the fit, but the intervals are the prior's."""
+    share, end = table["contraction"].values, table["end"].values
+    one_sided, flat = np.isin(end, ["lower", "upper"]), (end == "both") | (share > HARDLY)
+    told = []
+    if flat.any():
+        told.append(f"The data hardly narrow {listed(table, flat)}: the prior decides.")
+    if one_sided.any():
+        told.append(
+            f"The data bound {listed(table, one_sided)} from one side only, the prior from the other."
+        )
+    return [note("identification", " ".join(told), int((flat | one_sided).sum()))] if told else []
 
 
 def _predictive(table: xr.Dataset) -> list[Check]:

@@ -17,11 +17,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scivi.errors import PlanError, TemplateError, listed
-from scivi.inference.chains import STATS, Length, chosen, nutpie_chain, nutpie_chains, pyro_chain
+from scivi.inference.capture import Function
+from scivi.inference.chains import STATS, Chain, Length, chosen, nutpie_chain, nutpie_chains, pyro_chain
 from scivi.inference.draws import check_rows
 from scivi.inference.gather import AT_ONCE, log_likelihood, prior_draws, reported
 from scivi.inference.loop import EXAMPLE_ROWS, open_data
-from scivi.inference.potential import Potential, fast, potential
+from scivi.inference.potential import Potential, Whitened, fast, potential
 from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate, quiet
 from scivi.inference.state import Fit, freeze, versions
 from scivi.inference.trees import dataset, save_tree, tree, units_of
@@ -33,6 +34,8 @@ from scivi.models.template import Template
 CPU = torch.device("cpu")
 Start = Callable[[], dict[str, Tensor]]  # a starting value for each latent, anew at each call
 WARMUP, WARMUP_GIVEN = 500, 200  # draws in which a chain adapts (our choice; the second: benchmarks/nuts.py)
+# Latents up to which coordinates are chosen that whiten draws of the guide, so many for each (our choice).
+MOST_WHITENED, WHITENED_BY = 64, 30
 STEPS = (
     10  # leapfrog steps of a draw, to foresee how long a run is (our choice: 7 to 31 in benchmarks/nuts.py)
 )
@@ -85,7 +88,8 @@ def nuts(
         data: anything ``scivi.fit`` takes.
         given: a fit of the template. Networks that the model contains are held fixed at those of the fit, and
             it is then required; chains start at draws of its guide. Without it they start uniformly in
-            (-2, 2) on the unbounded scale.
+            (-2, 2) on the unbounded scale. Where the density cannot be captured, chains of few latents move
+            in coordinates that whiten such draws.
         draws: kept from each chain.
         warmup: draws before them, in which step size and (diagonal) mass matrix adapt; None for 500, or
             200 where a fit is given.
@@ -262,7 +266,8 @@ def _sample(
             for each in own:
                 with seeded(each):
                     firsts.append(density.start(None if start is None else start()))
-            found = nutpie_chains(_together(bound, batch, density), firsts, length, own, bar)
+            found = _side_by_side(_together(bound, batch, density), density, firsts, start, length, own, bar)
+            told["whitened"] = start is not None and density.size <= MOST_WHITENED
         for chain in range(len(found), chains):
             bar.set_postfix_str(f"chain {chain + 1} of {chains}")
             with seeded(own[chain]):
@@ -275,6 +280,29 @@ def _sample(
     told["gradients"] = sum(chain.gradients for chain in found)
     told["sampling_s"] = round(time.perf_counter() - begun, 3)
     return density.values(torch.cat([chain.path for chain in found])), stats, told
+
+
+def _side_by_side(
+    many: Function,
+    density: Potential,
+    firsts: list[Tensor],
+    start: Start | None,
+    length: Length,
+    seeds: list[int],
+    bar: tqdm,
+) -> list[Chain]:
+    """Chains whose points are worked out together; in coordinates that whiten the guide, if there is one."""
+    if start is None or density.size > MOST_WHITENED:
+        return nutpie_chains(many, firsts, length, seeds, bar)
+    draws = []
+    with seeded(stream_seed(seeds[0], "start")):
+        for _ in range(WHITENED_BY * density.size):
+            values = start()
+            named = {name: density.transforms[name](values[name]) for name in density.shapes}
+            draws.append(density.joined(named))
+    white = Whitened.of(torch.stack(draws))
+    found = nutpie_chains(white.density(many), [white.z(x) for x in firsts], length, seeds, bar)
+    return [replace(chain, path=white.point(chain.path)) for chain in found]
 
 
 def _together(bound: Bound, batch: Batch, density: Potential) -> Callable[..., Any]:

@@ -83,6 +83,45 @@ class Potential:
         return value.detach(), gradient
 
 
+@dataclass(frozen=True)
+class Whitened:
+    """Coordinates z in which some draws have mean 0 and unit covariance, of x = loc + tril z.
+
+    A sampler whose steps have no direction of their own goes along correlated latents as fast as along any.
+
+    Args:
+        loc: (n,).
+        tril: (n, n), lower.
+    """
+
+    loc: Tensor
+    tril: Tensor
+
+    @classmethod
+    def of(cls, draws: Tensor) -> Whitened:
+        """Those of draws (draw, n), more than there are coordinates."""
+        covariance = torch.cov(draws.T).reshape(draws.shape[1], -1)
+        ridge = 1e-6 * covariance.diagonal()
+        return cls(draws.mean(0), torch.linalg.cholesky(covariance + torch.diag_embed(ridge)))
+
+    def point(self, z: Tensor) -> Tensor:
+        """From z (..., n) to x."""
+        return self.loc + z @ self.tril.T
+
+    def z(self, point: Tensor) -> Tensor:
+        """From x (n,) to z."""
+        return torch.linalg.solve_triangular(self.tril, (point - self.loc).unsqueeze(-1), upper=False)[:, 0]
+
+    def density(self, function: Function) -> Function:
+        """A density of x and its gradient, as a function of z; the density itself stays that of x."""
+
+        def of_z(z: Tensor) -> tuple[Tensor, Tensor]:
+            value, gradient = function(self.point(z))
+            return value, gradient @ self.tril
+
+        return of_z
+
+
 def potential(bound: Bound, batch: Batch) -> Potential:
     """The density of a bound model given all rows of a batch.
 

@@ -5,6 +5,7 @@ import pytest
 import xarray as xr
 
 from scivi.analysis import collapse, contraction, plateau, restarts
+from scivi.analysis.model_rules import RULES
 
 
 @pytest.mark.parametrize(
@@ -107,3 +108,35 @@ def test_contraction_against_closed_form(catalogue, exact):
     np.testing.assert_allclose(float(found["contraction"].sel(variable="mu")), ratio, rtol=0.05)
     assert "z" in found["variable"].values
     assert bool(found["ok"].all())
+
+
+def test_posteriors_that_pile_up_at_an_end_of_their_prior_are_told():
+    """Of a uniform prior: nothing learnt, bounded from one side only, and bounded from both."""
+    rng, shape = np.random.default_rng(0), (1, 4000)
+    prior = xr.Dataset({name: (("chain", "draw"), rng.uniform(-5, 5, shape)) for name in "abcd"})
+    drawn = {
+        "a": rng.uniform(-5, 5, shape),
+        "b": -5 + rng.exponential(0.4, shape),
+        "c": 5 - rng.exponential(0.4, shape),
+        "d": rng.normal(-3.5, 0.5, shape),
+    }
+    posterior = xr.Dataset({name: (("chain", "draw"), x) for name, x in drawn.items()})
+    tree = xr.DataTree.from_dict({"posterior": posterior, "prior": prior})
+    found = contraction(tree)
+    assert found["end"].values.tolist() == ["both", "lower", "upper", ""]
+    (check,) = [c for c in RULES["contraction"](found) if c.name == "identification"]
+    assert check.counts == "note"
+    assert "hardly narrow a:" in check.sentence
+    assert "bound b, c from one side" in check.sentence
+
+
+def test_a_normal_posterior_like_its_prior_piles_up_nowhere():
+    rng = np.random.default_rng(0)
+    groups = {
+        name: xr.Dataset({"x": (("chain", "draw"), rng.normal(size=(1, 4000)))})
+        for name in ("posterior", "prior")
+    }
+    found = contraction(xr.DataTree.from_dict(groups))
+    assert found["end"].item() == ""
+    (check,) = [c for c in RULES["contraction"](found) if c.name == "identification"]
+    assert "hardly narrow x:" in check.sentence

@@ -123,11 +123,14 @@ def test_several_points_at_once_have_the_density_of_each():
 
 
 @pytest.mark.slow
-def test_nuts_runs_where_equations_cannot_be_captured():
+@pytest.mark.parametrize("whitened", [False, True])
+def test_nuts_runs_where_equations_cannot_be_captured(whitened):
     """The decay's rate against the same grid: 4 x 150 draws, an error of a mean of about .06 sd."""
     pytest.importorskip("nutpie", reason="chains side by side are nutpie's")
     template, table = kinetics.make(decay(), method="rodas5p"), decayed()
-    result = scivi.nuts(template, table, draws=150, warmup=150, chains=4, seed=1, progress=False)
+    fit = scivi.fit(template, table, scivi.Plan(steps=200, stop=None), progress=False) if whitened else None
+    length = {"draws": 150, "warmup": 150, "chains": 4}
+    result = scivi.nuts(template, table, given=fit, seed=1, progress=False, **length)
     mean, spread = grid_of_log_k(table)
     log_k = result["posterior"]["theta"].sel(parameter="log10 k").values
     assert log_k.shape == (4, 150)
