@@ -295,7 +295,7 @@ def _side_by_side(
     if start is None or density.size > MOST_WHITENED:
         return nutpie_chains(many, firsts, length, seeds, bar)
     draws = []
-    with seeded(stream_seed(seeds[0], "start")):
+    with seeded(stream_seed(seeds[0], "init")):
         for _ in range(WHITENED_BY * density.size):
             values = start()
             named = {name: density.transforms[name](values[name]) for name in density.shapes}
