@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -70,7 +71,8 @@ def _processor() -> str:
 def write_json(
     path: Path | None, question: str, figures: Mapping[str, float], settings: Mapping[str, float]
 ) -> None:
-    """Write the figures of a benchmark, if a path is given."""
+    """Write the figures of a benchmark, if a path is given; JSON has no word for what is no number."""
     if path is not None:
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         told = {"question": question, "figures": figures, "environment": {**environment(), **settings}}
         path.write_text(json.dumps(told, indent=2) + "\n")

@@ -27,7 +27,7 @@ Figures:
     ours_s_NAME, diffrax_s_NAME, diffrax_compile_s_NAME: seconds.
     backward_pollu_1, backward_robertson_1: time of autograd through the steps over that of replay, backward
         pass alone.
-    scipy_radau_s_PROBLEM and so on: seconds of one solution, NAN where it did not come through.
+    scipy_radau_s_PROBLEM and so on: seconds of one solution, left out where it did not come through.
 """
 
 from __future__ import annotations

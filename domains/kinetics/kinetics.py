@@ -115,6 +115,10 @@ class Noise(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density (*batch)."""
+        is_log = torch.tensor(
+            [o.transformation != "lin" for o in self.problem.observables], device=value.device
+        )
+        value = torch.where(is_log & (value <= 0), 1.0, value)  # 0 stands where nothing was measured
         value, mean, sd = torch.broadcast_tensors(value, self.centre, self.sd)
         return ready.log_likelihood(self.problem, value, mean, sd)
 

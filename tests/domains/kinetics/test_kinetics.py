@@ -150,6 +150,22 @@ def grid_of_log_k(table: dict[str, Any]) -> tuple[float, float]:
     return mean, float(np.sqrt(((log_k - mean) ** 2 * weight).sum()))
 
 
+def test_what_was_not_measured_on_a_log_scale_has_no_say_in_the_gradient():
+    problem = replace(decay(), observables=(Observable("A seen", "A", "sd", "log"),))
+    template, table = kinetics.make(problem), decayed()
+    dims, measured = table["measured"]
+    measured = np.abs(measured)
+    measured[0, 3] = np.nan
+    fit = scivi.fit(
+        template,
+        {**table, "measured": (dims, measured)},
+        scivi.Plan(steps=2, stop=None, estimator="trace"),
+        progress=False,
+    )
+    assert all(bool(torch.isfinite(value).all()) for value in fit.nets.state_dict().values())
+    assert np.isfinite(fit.history["grad_norm"].values).all()
+
+
 def test_drawing_does_not_change_the_fit():
     template, table = kinetics.make(decay(), method="rodas5p"), decayed()
     fit = scivi.fit(template, table, scivi.Plan(steps=2, stop=None), progress=False)

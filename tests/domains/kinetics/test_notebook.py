@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, with fewer starts and steps, and its curves follow the measurements."""
+"""The notebook runs from top to bottom with few starts and steps, and its curves follow the measurements."""
 
 from __future__ import annotations
 
