@@ -214,7 +214,9 @@ def contraction(tree: xr.DataTree, *, threshold: float = 1.1) -> xr.Dataset:
             narrow.append(after.values.ravel())
             near = 0.25 * after.values
             lower, upper = own["left"].values - its["least"].values, its["most"].values - own["right"].values
-            ends += [ENDS[a, b] for a, b in zip((lower < near).flat, (upper < near).flat, strict=True)]
+            ends += [
+                ENDS[bool(a), bool(b)] for a, b in zip((lower < near).flat, (upper < near).flat, strict=True)
+            ]
     a, b = (np.concatenate(parts) if parts else np.empty(0) for parts in (wide, narrow))
     ratio = b / np.where(a > 0, a, np.nan)
     columns = {"prior_spread": a, "posterior_spread": b, "contraction": ratio, "ok": ~(ratio > threshold)}
