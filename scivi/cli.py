@@ -86,6 +86,9 @@ TemplateName = Annotated[
 Data = Annotated[Path, typer.Argument(metavar="DATA", help=".h5ad, .nc, .zarr, .csv, .tsv, .ecsv or .fits.")]
 Out = Annotated[Path, typer.Option("--out", help="File to write: .nc, or .zarr if draws exceed memory.")]
 Prior = Annotated[list[str], _repeated("--prior", "NAME=VALUE", "Change a number of the prior.")]
+Make = Annotated[
+    list[str], _repeated("--make", "NAME=VALUE", "Argument of a function TEMPLATE, such as guide=flow.")
+]
 Dim = Annotated[list[str], _repeated("--dim", "OLD=NEW", "Rename a dim of the data.")]
 Column = Annotated[list[str], _repeated("--column", "FIELD=COLUMN", "Where a field is: counts=X.")]
 Select = Annotated[list[str], _repeated("--select", "DIM=A,B", "Keep these labels of a dim.")]
@@ -119,6 +122,7 @@ def fit(
     dtype: Annotated[str | None, _one_of("dtype")] = None,
     compile: Annotated[str | None, _one_of("compile")] = None,
     setting: Annotated[list[str], _repeated("--set", "NAME=VALUE", f"Any field of the plan ({_OTHERS}).")],
+    make: Make,
     prior: Prior,
     dim: Dim,
     column: Column,
@@ -140,7 +144,7 @@ def fit(
 ) -> None:
     """Fit a template to data; leave fit, history, posterior, figures and report in a folder."""
     how = _plan(plan, setting, ctx.params)
-    what, source = _asked(template, prior, data, dim, column, select)
+    what, source = _asked(template, prior, data, dim, column, select, make)
     if (out / "fit").exists() and not (resume or overwrite):
         raise CheckpointError(f'"{out}" holds a fit. Choose another --out, or give --resume or --overwrite.')
     from scivi.inference.draws import predict
@@ -381,14 +385,22 @@ def _template(reference: str, prior: Sequence[str]) -> Template:
 
 
 def _asked(
-    reference: str, prior: Sequence[str], path: Path, dim: list[str], column: list[str], select: list[str]
+    reference: str,
+    prior: Sequence[str],
+    path: Path,
+    dim: list[str],
+    column: list[str],
+    select: list[str],
+    make: Sequence[str] = (),
 ) -> tuple[Template, Any]:
     """The template called ``module:name``, and the data, opened; a function so called makes both of DATA."""
     from scivi.inference.state import imported
     from scivi.models.template import Template
 
     template, offered = imported(reference)
-    data = path
+    data, settings = path, {name: _value(text) for name, text in _pairs(make, "--make").items()}
+    if isinstance(template, Template) and settings:
+        raise TemplateError(f'"{reference}" is a template and no function: --make has nothing to set.')
     if not isinstance(template, Template):
         try:
             signature(template).bind(path)
@@ -398,7 +410,13 @@ def _asked(
             raise TemplateError(f"{what}; it has {offered}.") from None
         if not path.exists():
             raise DataError(f'there is no "{path}".')
-        template, data = _made(template(path), reference)
+        try:
+            found = template(path, **settings)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise TemplateError(f'"{reference}" cannot be called so: {error}.') from None
+        template, data = _made(found, reference)
     template = _with_prior(template, prior)
     return template, _opened(template, data, dim, column, select)
 

@@ -51,11 +51,12 @@ schools = Template(
     dims={"mu": (), "tau": (), "theta": ("school",)},
 )
 
-def from_file(path):
+def from_file(path, name=None):
     import xarray as xr
     from dataclasses import replace
     table = xr.load_dataset(path, engine="h5netcdf")
-    return replace(schools, name=f"{table.sizes['school']} schools"), table.rename(sd="error")
+    name = name or f"{table.sizes['school']} schools"
+    return replace(schools, name=name), table.rename(sd="error")
 
 def nothing(path):
     return None
@@ -161,6 +162,22 @@ def test_a_function_makes_template_and_data(here, monkeypatch):
         'there is no "absent.nc"'
         in scivi("nuts", "my_model:from_file", "absent.nc", "--out", "o", code=1).stderr
     )
+
+
+def test_a_function_is_given_its_arguments(here, monkeypatch):
+    function = ("fit", "my_model:from_file", "schools.nc", "--out", "out", "--column", "sd=error")
+    seen = {}
+
+    def fit(template, source, plan, **how):
+        seen.update(name=template.name)
+        raise DataError("seen")
+
+    monkeypatch.setattr("scivi.inference.loop.fit", fit)
+    scivi(*function, "--make", "name=few schools", code=1)
+    assert seen == {"name": "few schools"}
+    assert "unexpected keyword argument 'colour'" in scivi(*function, "--make", "colour=1", code=1).stderr
+    told = scivi("fit", "my_model:schools", "schools.nc", "--out", "out", "--make", "name=x", code=1).stderr
+    assert "--make has nothing to set" in told
 
 
 @pytest.mark.parametrize("command", [("simulate", "--size", "school=5", "--out", "s.nc"), ("check",)])
