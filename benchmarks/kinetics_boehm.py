@@ -6,7 +6,7 @@ Boehm et al. 2014 (nine parameters, 48 measurements, uniform priors on log scale
 ``k_imp_homo`` no upper bound and ``k_exp_hetero`` no lower one. Three ways to the posterior, from one mode:
 
     normal   ``scivi.fit`` and ``scivi.draw`` as they come
-    flow     the guide "flow", ``Plan(estimator="stl", particles=32)``
+    flow     the guide "flow", by its own plan
     NUTS     ``scivi.nuts``, chains side by side, begun at draws of the flow
 
 The flow's draws are also corrected: resampled by their smoothed importance weights. Distances are of each
@@ -102,10 +102,7 @@ def main() -> None:
     flowing = kinetics.make(problem, guide="flow", start=start, **options)
     plans = {
         "normal": (template, scivi.Plan(seed=given.seed)),
-        "flow": (
-            flowing,
-            scivi.Plan(estimator="stl", particles=32, steps=given.steps, lr=0.01, stop=None, seed=given.seed),
-        ),
+        "flow": (flowing, scivi.Plan(**{**flowing.plan, "steps": given.steps, "seed": given.seed})),
     }
     samples: dict[str, np.ndarray] = {}
     fit = None

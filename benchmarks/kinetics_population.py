@@ -57,7 +57,6 @@ RATES = {"k1": 0.1, "k2": 1e3, "k3": 1e2}  # centre of the prior; Robertson's ar
 SCATTER, NOISE, MISSING, MOMENTS = 0.5, 0.08, 0.15, 12
 SEEN, HELD, DRAWS = 200, 50, 400
 DATA_SEED = 40_000  # the data are never drawn with the seed of the fit
-PLAN = {"steps": 30, "rows_per_batch": 64, "nodes": 2, "lr": 1e-3}
 
 
 def problem() -> Problem:
@@ -175,7 +174,7 @@ def one(seed: int) -> dict[str, np.ndarray]:
         (problem(), seen), varying=tuple(RATES), seed=seed, progress=False
     )
     marks.append(time.perf_counter())
-    fit = scivi.fit(template, columns, scivi.Plan(seed=seed, **PLAN), progress=False)
+    fit = scivi.fit(template, columns, scivi.Plan(seed=seed, **template.plan), progress=False)
     marks.append(time.perf_counter())
     tree: Any = scivi.draw(fit, columns, DRAWS, seed=seed)
     posterior, theta = tree["posterior"], truth.theta[:SEEN]
@@ -244,7 +243,6 @@ def main() -> None:
         "experiments": SEEN,
         "held": HELD,
         "threads": 1,
-        **PLAN,
     }
     write_json(given.json, __doc__.splitlines()[0], figures, settings)
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -145,6 +146,8 @@ def fit(
     """Fit a template to data; leave fit, history, posterior, figures and report in a folder."""
     how = _plan(plan, setting, ctx.params)
     what, source = _asked(template, prior, data, dim, column, select, make)
+    if plan is None:
+        how = _plan(None, setting, ctx.params, what.plan)
     if (out / "fit").exists() and not (resume or overwrite):
         raise CheckpointError(f'"{out}" holds a fit. Choose another --out, or give --resume or --overwrite.')
     from scivi.inference.draws import predict
@@ -459,9 +462,14 @@ def _with_prior(template: Template, prior: Sequence[str]) -> Template:
     return replace(template, prior=replace(template.prior, **values)) if values else template
 
 
-def _plan(file: Path | None, settings: Sequence[str], flags: Mapping[str, Any]) -> Plan:
-    """Defaults, then the file, then ``--set``, then those flags that name a field of the plan."""
-    table = (Plan() if file is None else Plan.from_toml(file)).to_dict()
+def _plan(
+    file: Path | None,
+    settings: Sequence[str],
+    flags: Mapping[str, Any],
+    usual: Mapping[str, Any] = MappingProxyType({}),
+) -> Plan:
+    """The template's own plan or the file, then ``--set``, then flags that name a field of the plan."""
+    table = (Plan.from_dict(usual) if file is None else Plan.from_toml(file)).to_dict()
     given = {name: flags[name] for name in table if flags.get(name) is not None}
     table |= {name: _value(text) for name, text in _pairs(settings, "--set").items()} | given
     if isinstance(rows := table["rows_per_batch"], str):

@@ -47,6 +47,8 @@ from scivi.ode.solve import Method
 
 # Runs of the model before failures are looked at; share of solutions that may fail; solutions looked back on.
 WARM_UP, MOST_FAILED, WINDOW = 20, 0.01, 1000  # our choices
+# A flow learns from many draws at each step, and for a number of steps (our choice).
+FLOWING = {"estimator": "stl", "particles": 32, "steps": 600, "lr": 0.01, "stop": None}
 Guide = Literal["full rank", "low rank", "mean field", "flow"]
 GUIDES: dict[str, guides.Family] = {
     "full rank": JointNormal(),
@@ -211,7 +213,7 @@ def make(
     Args:
         problem: or its ``to_dict``.
         guide: "full rank", "low rank" or "mean field" normal of theta; "flow" for posteriors with edges and
-            plateaus, which wants ``Plan(estimator="stl", particles=32)``.
+            plateaus, which takes some minutes.
         start: of theta, where the guide begins; the prior's centre if empty.
         covariance: of theta on the unbounded scale, with which a guide of full rank or a flow begins.
         rtol: of a solution.
@@ -269,6 +271,7 @@ def make(
         sizes={"parameter": n},
         coords={"parameter": tuple(label(each) for each in problem.estimated)},
         validate=partial(_validate, problem=problem),
+        plan=FLOWING if guide == "flow" else {},
         distinct=True,
         made=("domains.kinetics.kinetics:make", settings),
     )

@@ -331,7 +331,7 @@ def fit(
     Args:
         template: what to fit.
         data: AnnData, xarray, DataFrame, dict of arrays, or a path (.h5ad, .nc, .zarr, .csv, .ecsv, .fits).
-        plan: how; ``Plan()`` if None.
+        plan: how; ``Plan(**template.plan)`` if None, which is ``Plan()`` for most templates.
         record: a file for the history as JSON lines, or a recorder. With ``resume`` the file becomes that of
             this fit, what a killed run wrote after its last checkpoint taken back; without, it is added to.
         checkpoint: file to which the running fit is saved every ``plan.save_every_s`` seconds, whole or not
@@ -350,7 +350,7 @@ def fit(
     Notes:
         On a signal to terminate (or Ctrl-C) it finishes its step, saves, and returns what it has.
     """
-    plan = plan or Plan()
+    plan = plan or Plan.from_dict(template.plan)
     source = open_data(template, data)
     state = begin(template, source, plan)
     identity = _identity(template, source, plan)

@@ -52,6 +52,8 @@ class Template:
             is wrong with the data; it sees what the fields' supports cannot say. It is asked even where
             entries are off their support, so that all faults are told at once. Of a table of more than a
             million entries it sees the fields without rows alone.
+        plan: fields of a ``Plan`` that serve this template better than their defaults, such as JSON holds;
+            ``fit`` takes them where it is given no plan.
         distinct: whether labels of rows must be distinct.
         made: if a function made it, that function as "module:name" and the settings, by keyword and such as
             JSON holds, with which it makes it again (but for its prior); so a saved fit finds its template.
@@ -79,6 +81,7 @@ class Template:
     sizes: Mapping[str, int | str] = field(default_factory=dict)
     coords: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     validate: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] | None = None
+    plan: Mapping[str, Any] = field(default_factory=dict)
     distinct: bool = False
     made: tuple[str, Mapping[str, Any]] | None = None
 
@@ -91,6 +94,7 @@ class Template:
             ("dims", dims),
             ("units", self.units),
             ("sizes", self.sizes),
+            ("plan", self.plan),
         ):
             object.__setattr__(self, name, MappingProxyType(dict(value)))
         object.__setattr__(self, "coords", MappingProxyType({k: tuple(v) for k, v in self.coords.items()}))

@@ -65,6 +65,14 @@ def test_newton_finish_gives_the_exact_posterior_and_evidence():
     assert {"step_sd", "nodes", "node_error_sd", "moved_sd"} <= set(newton)
 
 
+def test_a_template_may_bring_a_plan_of_its_own():
+    template, data = replace(shared, plan={"steps": 3, "estimator": "trace"}), rows(8)
+    assert fit(template, data, progress=False).plan.steps == 3
+    assert fit(template, data, plan(steps=2), progress=False).plan.steps == 2
+    with pytest.raises(PlanError, match="a plan has no 'stride'"):
+        fit(replace(shared, plan={"stride": 3}), data, progress=False)
+
+
 def test_progress_comes_every_log_entry_and_the_loop_can_be_left():
     steps = []
     for now in train(shared, rows(8), plan(steps=100, log_every=20, estimator="trace")):
