@@ -13,6 +13,7 @@ from scivi.analysis.weights import SHIFT_SD
 
 # Burda, Grosse, Salakhutdinov 2016: a unit is active if its means vary by more than 0.01 under a unit prior
 ACTIVE_SHARE = 0.01
+END = 0.4  # of its spread from the prior's farthest draw, within which a posterior reaches its end (our choice)
 ENDS = {(False, False): "", (True, False): "lower", (False, True): "upper", (True, True): "both"}
 
 
@@ -185,8 +186,8 @@ def contraction(tree: xr.DataTree, *, threshold: float = 1.1) -> xr.Dataset:
         "upper", "both" or "".
 
     Notes:
-        A posterior piles up at an end if its outer 5 % begin within a quarter of its spread from the prior's
-        farthest draw (our choice): a uniform does, at both; a normal is 1.6 spreads away from there even if
+        A posterior piles up at an end if its outer 5 % begin within ``END`` spreads from the prior's
+        farthest draw: a uniform does, at both; a normal is 1.6 spreads away from there even if
         nothing was learnt. It is what the prior says that bounds it there, not the data.
     """
 
@@ -212,7 +213,7 @@ def contraction(tree: xr.DataTree, *, threshold: float = 1.1) -> xr.Dataset:
             names += groups.labels(after)
             wide.append(before.values.ravel())
             narrow.append(after.values.ravel())
-            near = 0.25 * after.values
+            near = END * after.values
             lower, upper = own["left"].values - its["least"].values, its["most"].values - own["right"].values
             ends += [
                 ENDS[bool(a), bool(b)] for a, b in zip((lower < near).flat, (upper < near).flat, strict=True)
