@@ -13,7 +13,7 @@ from scivi.analysis.weights import SHIFT_SD
 
 # Burda, Grosse, Salakhutdinov 2016: a unit is active if its means vary by more than 0.01 under a unit prior
 ACTIVE_SHARE = 0.01
-END = 0.4  # of its spread from the prior's farthest draw, within which a posterior reaches its end (our choice)
+END = 0.4  # of its spread from the prior's farthest draw: a posterior so near reaches its end (our choice)
 ENDS = {(False, False): "", (True, False): "lower", (False, True): "upper", (True, True): "both"}
 
 
