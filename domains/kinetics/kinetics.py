@@ -231,6 +231,8 @@ def make(
     if guide not in GUIDES:
         faults.append(f'there is no guide "{guide}"; there are {", ".join(GUIDES)}')
     n = len(problem.estimated)
+    if not n:
+        faults.append("no parameter is estimated")
     if start and len(start) != n:
         faults.append(f"start has {len(start)} numbers; {n} parameters are estimated")
     if covariance and np.shape(covariance) != (n, n):

@@ -256,6 +256,9 @@ def test_bad_input_is_one_error():
         )
     for words in ("no guide", "start has 2 numbers; 1 parameters", "must be above 0", '"sd"'):
         assert words in str(told.value)
+    fixed = tuple(replace(each, is_estimated=False) for each in decay().parameters)
+    with pytest.raises(TemplateError, match="no parameter is estimated"):
+        kinetics.make(replace(decay(), parameters=fixed))
     table = decayed() | {"time": (("condition", "moment"), np.linspace(2.0, 0.1, 8)[None])}
     with pytest.raises(DataError, match="out of order"):
         scivi.fit(kinetics.make(decay()), table, scivi.Plan(steps=1), progress=False)
