@@ -9,11 +9,10 @@ Boehm et al. 2014 (nine parameters, 48 measurements, uniform priors on log scale
     flow     the guide "flow", by its own plan
     NUTS     ``scivi.nuts``, chains side by side, begun at draws of the flow
 
-The flow's draws are also corrected: resampled by their smoothed importance weights. Distances are of each
-parameter's marginal from NUTS's: of means in NUTS's sd, ratios of sds, and Kolmogorov's, the largest
-difference of cumulative probabilities.
+Distances are of each parameter's marginal from NUTS's: of means in NUTS's sd, ratios of sds, and
+Kolmogorov's, the largest difference of cumulative probabilities.
 
-Figures, the worst of the parameters, of GUIDE normal, flow and corrected:
+Figures, the worst of the parameters, of GUIDE normal and flow:
     GUIDE_shift_max_sd, GUIDE_sd_ratio_min, GUIDE_sd_ratio_max, GUIDE_kolmogorov_max; of 1000 independent
         draws on either side Kolmogorov's distance is .05 by chance alone.
     normal_k_hat, flow_k_hat: of all importance weights. normal_s, flow_s: fit and draws; search_s before.
@@ -61,15 +60,6 @@ def drawn(tree: xr.DataTree) -> np.ndarray:
     """Parameters on their own scales (draw, parameter)."""
     theta = tree["posterior"]["theta"].stack(sample=("chain", "draw"))
     return theta.transpose("sample", "parameter").values
-
-
-def corrected(tree: xr.DataTree, seed: int) -> np.ndarray:
-    """Draws resampled by the Pareto-smoothed weights of the whole approximation."""
-    lp, log_q = (np.asarray(tree["sample_stats"][name]).ravel() for name in ("lp", "log_q"))
-    smoothed, _ = array_stats.psislw(lp - log_q)
-    share = np.exp(smoothed - smoothed.max())
-    rng = np.random.default_rng(seed)
-    return drawn(tree)[rng.choice(len(share), 1000, p=share / share.sum())]
 
 
 def row(name: str, values: np.ndarray) -> str:
@@ -125,7 +115,6 @@ def main() -> None:
         ]
         print("\n".join(open_ends), flush=True)
         if name == "flow":
-            samples["corrected"] = corrected(result, given.seed)
             figures["unidentified"] = float(told["value"].sel(check="identification")) if open_ends else 0.0
     if given.chains:
         begun = time.perf_counter()
