@@ -280,7 +280,7 @@ def make(
 
 
 def from_data(
-    data: Any, *, starts: int = 32, seed: int = 0, progress: bool = True, **options: Any
+    data: Any, *, starts: int = 16, seed: int = 0, progress: bool = True, **options: Any
 ) -> tuple[Template, dict[str, Any]]:
     """The template of a PEtab problem, and the table for ``scivi.fit``.
 

@@ -1,5 +1,8 @@
 """Modes of a problem's posterior: Newton's method from many starts at once.
 
+At first the prior counts for next to nothing. Where a point is so far off that the measurements are flat
+about it, such as rates too slow for anything to happen, it would pull the point to its centre and hold it.
+
 The curvature is that expected of the measurements (Fisher's information, by differences of what is expected
 of them) and that of the prior, damped as Levenberg and Marquardt have it. All starts are one batch.
 
@@ -28,7 +31,8 @@ FARTHEST = 2.0  # of a step in a coordinate of the unbounded scale (our choice)
 SETTLED = 1e-3  # nats that a step must gain to go on (our choice)
 MOST_STEPS = 500  # of a solution: what takes more is no mode (our choice)
 FLAT = 2.0  # sd of a direction that nothing is known of: a uniform prior's is 1.8 on the unbounded scale
-WIDEST = 5.0  # draws of the prior this far out on the unbounded scale are pulled in: the slope there is none
+EARLY, EDGE = 1e-3, 7.0  # weight of the prior at first; no point goes farther out on the unbounded scale
+WIDEST = 5.0  # draws of the prior this far out are pulled in: the slope there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class Target:
 
     form: Form
     table: Mapping[str, Tensor]
+    weight: float = 1.0  # of the prior
 
     @property
     def prior(self) -> ParameterPrior:
@@ -77,7 +82,7 @@ class Target:
         measured = self.table["measured"].expand_as(found.mean)
         each = ready.log_likelihood(self.form.problem, measured, found.mean, found.sd).sum((-1, -2))
         fit = torch.where(found.ok, each, FLOOR).sum(-1)
-        return fit + self.plain(x), fit
+        return fit + self.weight * self.plain(x), fit
 
     def slope(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log density, log likelihood and gradient."""
@@ -89,7 +94,7 @@ class Target:
     def curvature(self, x: Tensor) -> Tensor:
         """That of measurements and prior together."""
         data, prior = self.curvatures(x)
-        return data + prior
+        return data + self.weight * prior
 
     @torch.no_grad()
     def curvatures(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +143,7 @@ def modes(
     table: Mapping[str, Any],
     *,
     starts: int = 32,
-    steps: int = 60,
+    steps: int = 40,
     seed: int = 0,
     progress: bool = False,
 ) -> Modes:
@@ -148,7 +153,7 @@ def modes(
         form: what is solved, and how.
         table: ``measured``, ``time`` and what else there is, in arrays.
         starts: how many.
-        steps: at most.
+        steps: at most, with next to no prior and then again with it.
         seed: of the draws.
         progress: show a progress bar.
     """
@@ -158,18 +163,33 @@ def modes(
     u = torch.rand((starts, len(form.problem.estimated)), generator=generator, dtype=torch.float64)
     drawn = [each.sample(column) for each, column in zip(target.prior.each, u.unbind(-1), strict=True)]
     x = target.unbounded(torch.stack(drawn, -1)).clamp(-WIDEST, WIDEST)
+    with tqdm(total=2 * steps, disable=not progress, desc=f"{form.problem.name}: modes", unit="step") as bar:
+        x, _, _ = _climbed(replace(target, weight=EARLY), x, steps, bar)
+        x, value, fit = _climbed(target, x, steps, bar)
+    order = torch.argsort(torch.where(torch.isfinite(value), value, -torch.inf), descending=True)
+    x = x[order]
+    flat = torch.eye(x.shape[-1], dtype=x.dtype) / FLAT**2
+    covariance = torch.linalg.inv(target.curvature(x) + flat)
+    theta = biject_to(target.prior.support)(x)
+    return Modes(theta.detach(), value[order], fit[order], covariance)
+
+
+def _climbed(target: Target, x: Tensor, steps: int, bar: tqdm) -> tuple[Tensor, Tensor, Tensor]:
+    """Where some points come to by so many steps at most; log density and log likelihood there."""
+    x = x.clone()
     value, fit, slope = target.slope(x)
     damping, going = torch.full_like(value, 1e-2), torch.ones_like(value, dtype=torch.bool)
-    for _ in tqdm(range(steps), disable=not progress, desc=f"{form.problem.name}: modes", unit="step"):
+    for _ in range(steps):
+        bar.update()
         at = torch.nonzero(going).squeeze(-1)
         if not len(at):
-            break
+            continue
         bend = target.curvature(x[at])
         size = bend.diagonal(dim1=-2, dim2=-1).clamp_min(1e-6)
         tried = bend + torch.diag_embed(damping[at].unsqueeze(-1) * size)
         step = torch.linalg.solve_ex(tried, slope[at].unsqueeze(-1))[0].squeeze(-1)
         step = step * (FARTHEST / step.abs().amax(-1, keepdim=True).clamp_min(FARTHEST))
-        ahead = torch.where(torch.isfinite(step), x[at] + step, x[at])
+        ahead = torch.where(torch.isfinite(step), x[at] + step, x[at]).clamp(-EDGE, EDGE)
         there, its_fit, its_slope = target.slope(ahead)
         gain = there - value[at]
         better = gain > 0
@@ -178,9 +198,4 @@ def modes(
         value[at], fit[at] = torch.where(better, there, value[at]), torch.where(better, its_fit, fit[at])
         damping[at] = torch.where(better, damping[at] * 0.2, damping[at] * 5.0).clamp(1e-8, 1e8)
         going[at] = ~((better & (gain < SETTLED)) | (damping[at] >= 1e8))
-    order = torch.argsort(torch.where(torch.isfinite(value), value, -torch.inf), descending=True)
-    x = x[order]
-    flat = torch.eye(x.shape[-1], dtype=x.dtype) / FLAT**2
-    covariance = torch.linalg.inv(target.curvature(x) + flat)
-    theta = biject_to(target.prior.support)(x)
-    return Modes(theta.detach(), value[order], fit[order], covariance)
+    return x, value, fit
