@@ -18,6 +18,8 @@ References:
     ENCODE, whole-genome bisulfite sequencing, https://www.encodeproject.org/data-standards/wgbs (bedMethyl).
     Oxford Nanopore, https://nanoporetech.github.io/modkit (its bedMethyl).
     Taudt et al. 2018, doi:10.1186/s12864-018-4641-x (methimpute).
+
+Longer than 400 lines because every way in which a line can be wrong is told beside what reads it.
 """
 
 from __future__ import annotations

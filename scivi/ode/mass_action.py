@@ -103,10 +103,8 @@ class _Network:
         return self.kept[y.device]
 
     def system(self, states: tuple[str, ...], parameters: tuple[str, ...]) -> System:
-        slope = None
-        return System(
-            states, parameters, self.rate, self.jacobian, slope, self.curvature, self.back, self.pull
-        )
+        own = {"rate": self.rate, "jacobian": self.jacobian, "curvature": self.curvature}
+        return System(states, parameters, **own, slope=None, back=self.back, pull=self.pull)
 
     def factors(self, y: Tensor) -> tuple[Tensor, Tensor]:
         _, _, _, states, bare, _ = self.on(y)
