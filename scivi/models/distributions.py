@@ -7,12 +7,43 @@ from typing import ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch import TransformedDistribution  # type: ignore[attr-defined]
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import AffineTransform, constraints
 
 # Background counts summed first: mean + 10 sd, and as many beyond as the last, geometric part of the tail
 # takes to fall by 36 nats (float64's epsilon); more only for counts that are far too high for their rate.
 _EXTRA_SD, _EXTRA_NATS = 10.0, 36.0
+
+
+class Moved(TransformedDistribution):
+    """A distribution on an interval or a half line, moved and stretched; its support is known.
+
+    (Torch takes the support of an affine map to be the whole line.)
+
+    Args:
+        base: with support an interval, or the positive numbers.
+        loc: added after.
+        scale: multiplied before, > 0.
+    """
+
+    def __init__(self, base: TorchDistribution, loc: float, scale: float) -> None:
+        self.loc, self.scale = loc, scale
+        super().__init__(base, [AffineTransform(loc, scale)], validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        """The base's, moved."""
+        own = self.base_dist.support
+        if isinstance(own, constraints.interval):
+            return constraints.interval(
+                self.loc + self.scale * own.lower_bound, self.loc + self.scale * own.upper_bound
+            )
+        return constraints.greater_than(self.loc + self.scale * own.lower_bound)
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> Moved:
+        """The same distribution over a larger batch."""
+        return Moved(self.base_dist.expand(batch_shape), self.loc, self.scale)
 
 
 class PoissonOverBackground(TorchDistribution):
