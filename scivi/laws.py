@@ -59,6 +59,9 @@ FAULTS = (
 )
 
 
+STILL = "not applicable: nothing is learnt"
+
+
 class Broken(SciVIError):
     """A law does not hold; the message says where."""
 
@@ -180,6 +183,11 @@ class Subject:
         """The pair, untrained."""
         return bind(self.template, self.batch, self.seed)
 
+    @property
+    def still(self) -> bool:
+        """Whether the pair has nothing to learn."""
+        return not any(p.requires_grad for p in self.bound.nets.parameters())
+
     @cached_property
     def refusal(self) -> str | None:
         """Why the guide needs all rows at once, if it does."""
@@ -270,6 +278,8 @@ def _store(one: Subject) -> str:
 
 def _gradients(one: Subject) -> str:
     """A finite gradient reaches every parameter within a few steps."""
+    if one.still:
+        return STILL
     source = open_data(one.template, one.table)
     plan = replace(one.plan, rows_per_batch=None, clip=None)
     state = begin(one.template, source, plan)
@@ -291,6 +301,8 @@ def _gradients(one: Subject) -> str:
 
 def _unbiased(one: Subject) -> str:
     """The mean of the minibatch objective over a partition of the rows is the full objective."""
+    if one.still:
+        return STILL
     if one.refusal:
         return f"not applicable: {one.refusal}"
     template, plan = one.template, one.plan

@@ -202,7 +202,7 @@ def test_data_that_do_not_fit_are_1_and_tell_every_fault(here):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--steps", "0"), "steps = 0; it must be a whole number of at least 1"),
+        (("--steps", "-1"), "steps = -1; it must be a whole number of at least 0"),
         (("--estimator", "elbo"), "estimator = 'elbo'; it must be one of"),
         (("--rows-per-batch", "many"), "rows_per_batch = 'many'"),
         (("--set", "stepz=3"), "a plan has no 'stepz'"),

@@ -17,6 +17,9 @@ END = 0.4  # of its spread from the prior's farthest draw: a posterior so near r
 ENDS = {(False, False): "", (True, False): "lower", (False, True): "upper", (True, True): "both"}
 
 
+FEWEST_ROWS = 10  # fewer do not tell whether latents vary from row to row (our choice)
+
+
 def plateau(
     tree: xr.DataTree, *, window: float = 0.1, tolerance: float = 0.01, too_noisy: float = 0.1
 ) -> xr.Dataset:

@@ -45,6 +45,9 @@ def optimisation(fit: Mapping[str, Any], level: xr.Dataset | None) -> list[Check
     if again:
         text = f"The fit diverged and was restarted {len(again)} times before it ended well."
         result.append(note("restarts after divergence", text, len(again)))
+    if fit.get("stopped") == "nothing to learn":
+        text = "Nothing was to be learnt: the guide works out the posterior of each row by itself."
+        return [*result, note("plateau", text)]
     finish = fit.get("finish") or {}
     if finish.get("alone") and "method" in finish:
         text = f"Nothing was to be learnt but what rows share; {finish['method']} on the marginal found that."

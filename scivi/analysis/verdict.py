@@ -44,7 +44,7 @@ def measure(
         found["row_reliability"] = weights.row_reliability(tree)
     if groups.has(tree, "history", "objective"):
         found["plateau"] = convergence.plateau(tree)
-    if groups.local_rows(tree):
+    if groups.local_rows(tree) >= convergence.FEWEST_ROWS:
         found["collapse"] = convergence.collapse(tree)
     if "prior" in tree.children:
         found["contraction"] = convergence.contraction(tree)

@@ -304,7 +304,9 @@ def _numpy(value: Tensor) -> np.ndarray:
 
 
 def _globals(bound: Bound, draws: int) -> dict[str, Tensor]:
-    """Values of the guide's global sites, auxiliary ones too, over all draws."""
+    """Values of the guide's global sites, auxiliary ones too, over all draws; none if no latent is global."""
+    if all(site.row_dim is not None for site in bound.sites):
+        return {}
     with particle_plate(draws, bound.nesting):
         trace = poutine.trace(bound.guide).get_trace(bound.example)
     rows = bound.template.row_dims

@@ -93,13 +93,16 @@ def prior_draws(
 ) -> xr.Dataset:
     """The group prior: draws of the reported sites that have no rows."""
     template = bound.template
+    shared = {n: dims for n, dims in template.dims.items() if not set(dims) & set(template.row_dims)}
+    if not shared:
+        return dataset({}, coords, units, sampled=True)
     some = next(iter(bound.example.values.values()))
     with seeded(stream_seed(seed, "draws") ^ 1, some.device), torch.no_grad(), quiet():
         with particle_plate(draws, bound.nesting):
             trace = poutine.trace(bound.model).get_trace(bound.example.predict())
     named = {}
-    for name, dims in template.dims.items():
-        if name in trace.nodes and not set(dims) & set(template.row_dims):
+    for name, dims in shared.items():
+        if name in trace.nodes:
             shape = shape_of(template, dims, bound.example)
             named[name] = (dims, arranged(value_of(trace, name), draws, shape)[None])
     return dataset(named, coords, units, sampled=True)

@@ -118,7 +118,7 @@ def begin(template: Template, source: Any, plan: Plan) -> State:
 @contextmanager
 def _sampling(state: State) -> Iterator[None]:
     """Run on the state's own random stream; the process's is put back afterwards."""
-    device = next(state.bound.nets.parameters()).device
+    device = next(iter(state.bound.example.values.values())).device
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), quiet():
         if cuda:
@@ -147,6 +147,9 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
     """
     source = open_data(template, data)
     state = begin(template, source, plan) if state is None else state
+    if not state.learns:
+        state.stopped = "nothing to learn"
+        return
     with _sampling(state):
         objective = prepare(state.bound, state.bound.example, plan)
         if objective.estimator == "marginal" and plan.newton:
@@ -376,7 +379,7 @@ def fit(
                     saved = time.monotonic()
             if path is not None:
                 save_state(state, path, identity)
-            if state.stopped != "signal":
+            if state.learns and state.stopped != "signal":
                 bar.total = bar.n  # of steps: what is left is no step
                 bar.set_postfix_str("finishing the globals")
                 _finish(state, source, plan)
@@ -470,7 +473,7 @@ def _frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) 
         "restarts": state.restarts,
         "finish": state.finish,
         "engine": state.engine,
-        "estimator": prepare(state.bound, state.bound.example, plan).estimator,
+        "estimator": prepare(state.bound, state.bound.example, plan).estimator if state.learns else None,
     }
     provenance = {
         **identity,

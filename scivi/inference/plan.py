@@ -43,7 +43,7 @@ class Plan:
     """How a template is fitted. Every field has a default that needs no tuning.
 
     Args:
-        steps: the most steps taken.
+        steps: the most steps taken; 0 leaves the guide as it begins.
         rows_per_batch: rows in a minibatch; None takes all rows at every step (refused above 100 000).
         rows_per_batch_max: if larger, the minibatch doubles up to it whenever the gradient's signal-to-noise
             ratio falls under ``grow_below``.
@@ -174,7 +174,7 @@ def _plateau(table: Mapping[str, Any]) -> Plateau:
 
 
 def _faults_of_numbers(plan: Plan) -> list[str]:
-    least = {"steps": 1, "particles": 1, "nodes": 1, "kl_warmup": 0, "log_every": 1, "restarts": 0, "seed": 0}
+    least = {"steps": 0, "particles": 1, "nodes": 1, "kl_warmup": 0, "log_every": 1, "restarts": 0, "seed": 0}
     least["resident_bytes"] = 0
     faults = []
     for name, low in least.items():

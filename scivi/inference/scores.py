@@ -99,9 +99,17 @@ def run_pair(
     return Pair(guide, model)
 
 
-def log_prob(site: Mapping[str, Any], *, scaled: bool = True) -> Tensor:
-    """Log density of a site of a trace, masked, and scaled by its plates unless told otherwise."""
-    value = site["fn"].log_prob(site["value"])
+def log_prob(site: Any, *, scaled: bool = True) -> Tensor:
+    """Log density of a site of a trace, masked, and scaled by its plates unless told otherwise.
+
+    Without gradients it is worked out once and kept with the site: what is told of draws needs it three
+    times.
+    """
+    value = site.get("plain_log_prob")
+    if value is None:
+        value = site["fn"].log_prob(site["value"])
+        if not torch.is_grad_enabled():
+            site["plain_log_prob"] = value
     if site["mask"] is not None:
         value = torch.where(
             torch.as_tensor(site["mask"], device=value.device), value, torch.zeros_like(value)

@@ -89,6 +89,11 @@ class State:
         "stopped",
     )
 
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to learn."""
+        return any(p.requires_grad for p in self.bound.nets.parameters())
+
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All of it as named tensors (copies) and plain values."""
         tensors = {f"nets.{k}": v.detach().clone() for k, v in self.bound.nets.state_dict().items()}
@@ -457,14 +462,21 @@ def freeze(bound: Bound) -> Bound:
 def new_state(bound: Bound, feed: Feed, plan: Plan) -> State:
     """The state of a fit that has not taken a step."""
     parameters = [p for p in bound.nets.parameters() if p.requires_grad]
+    some = next(iter(bound.example.values.values()))
     if not parameters:
-        raise TemplateError(
-            f'template "{bound.template.name}": neither model nor guide has anything to learn.'
-        )
+        if bound.template.plan.get("steps") != 0:
+            raise TemplateError(
+                f'template "{bound.template.name}": neither model nor guide has anything to learn. If that '
+                f"is meant, since the guide works out each posterior by itself, say so by "
+                f'Template(plan={{"steps": 0}}).'
+            )
+        parameters = [
+            torch.zeros(0, device=some.device, requires_grad=True)
+        ]  # an optimiser takes one at least
     makers = {
         "adam": lambda: torch.optim.Adam(parameters, lr=plan.lr, fused=True),
         "sgd": lambda: torch.optim.SGD(parameters, lr=plan.lr, momentum=0.9),
     }
-    generator = torch.Generator(device=parameters[0].device)
+    generator = torch.Generator(device=some.device)
     generator.manual_seed(stream_seed(plan.seed, "sampling"))
     return State(bound, makers[plan.optimiser](), feed, generator.get_state())

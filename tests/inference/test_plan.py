@@ -19,7 +19,7 @@ def test_defaults_need_no_tuning_and_cannot_be_changed_in_place():
 
 def test_every_unusable_value_is_told_at_once():
     with pytest.raises(PlanError) as caught:
-        Plan(steps=0, lr=-1.0, warmup=2.0, rows_per_batch=0, estimator="elbo", dtype="half", clip=0.0)  # type: ignore[arg-type]
+        Plan(steps=-1, lr=-1.0, warmup=2.0, rows_per_batch=0, estimator="elbo", dtype="half", clip=0.0)  # type: ignore[arg-type]
     lines = str(caught.value).splitlines()
     assert lines[0] == "this plan cannot be used:"
     assert sorted(line.split()[1] for line in lines[1:]) == [
@@ -31,7 +31,7 @@ def test_every_unusable_value_is_told_at_once():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"steps": True}, "steps = True; it must be a whole number of at least 1"),
+        ({"steps": True}, "steps = True; it must be a whole number of at least 0"),
         ({"steps": 1.5}, "steps = 1.5"),
         ({"seed": -1}, "seed = -1"),
         ({"resident_bytes": -1}, "resident_bytes = -1; it must be a whole number of at least 0"),

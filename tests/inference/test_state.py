@@ -13,6 +13,7 @@ import pytest
 import torch
 import xarray as xr
 
+from scivi.analysis import report
 from scivi.errors import CheckpointError, TemplateError
 from scivi.inference.draws import draw
 from scivi.inference.loop import fit
@@ -268,7 +269,18 @@ def test_a_fit_says_what_it_is(fitted):
     assert fitted.provenance["data"]["sizes"] == {"row": 6}
 
 
-def test_a_template_with_nothing_to_learn_is_refused():
+def test_a_template_with_nothing_to_learn_is_refused_unless_it_says_so(tmp_path):
     still = replace(shared, guide=lambda b, p, n: pyro.sample("mu", dist.Normal(0.0, 1.0)), nets=None)
     with pytest.raises(TemplateError, match="neither model nor guide has anything to learn"):
         fit(still, rows(5), QUICK, progress=False)
+    meant = replace(still, plan={"steps": 0})
+    fitted = fit(meant, rows(5), QUICK, progress=False, checkpoint=tmp_path / "state")
+    ended = fitted.provenance["fit"]
+    assert (ended["steps"], ended["stopped"], ended["estimator"]) == (0, "nothing to learn", None)
+    again = fit(meant, rows(5), QUICK, progress=False, checkpoint=tmp_path / "state", resume=True)
+    assert again.provenance == fitted.provenance
+    save(fitted, tmp_path / "fit")
+    tree = draw(load(tmp_path / "fit", meant), rows(5), 40)
+    assert tree["posterior"]["mu"].std() > 0.5
+    checks = report(tree)
+    assert any("Nothing was to be learnt" in sentence for sentence in checks["sentence"].values)
