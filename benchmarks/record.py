@@ -41,7 +41,7 @@ def arguments(doc: str | None, data: Path, *, seeds: int) -> argparse.Namespace:
 def environment() -> dict[str, str | int | float]:
     """What the figures depend on besides the code."""
     found: dict[str, str | int | float] = {}
-    for package in ("torch", "pyro-ppl", "numpyro", "nutpie", "jax", "scvi-tools", "numpy"):
+    for package in ("torch", "pyro-ppl", "numpyro", "nutpie", "jax", "scvi-tools", "arch", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
