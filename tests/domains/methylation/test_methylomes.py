@@ -368,16 +368,19 @@ def test_memory_does_not_grow_with_the_files(tmp_path):
         start = np.tile(np.arange(1, n + 1) * 3, times)
         frame = pd.DataFrame({"chrom": np.repeat(np.arange(times), n), "start": start, "strand": "+"})
         frame = frame.assign(word="CGA", methylated=total // 2, total=total, call=1)
-        path, to = tmp_path / f"{times}.txt", tmp_path / f"{times}.zarr"
+        path, runs = tmp_path / f"{times}.txt", []
         frame.to_csv(path, sep="\t", header=False, index=False)
-        code = (
-            "from domains.genomics.methylomes import gather\n"
-            f"gather(dict.fromkeys('abc', {str(path)!r}), {str(to)!r}, progress=False)\n"
-            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-        )
-        run = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONPATH": os.getcwd()},
-        )  # fmt: skip
-        peaks.append(int(run.stdout))
-    assert peaks[1] < 1.1 * peaks[0], peaks  # three times the lines; what the allocator keeps varies
+        for k in range(2):
+            to = tmp_path / f"{times}-{k}.zarr"
+            code = (
+                "from domains.genomics.methylomes import gather\n"
+                f"gather(dict.fromkeys('abc', {str(path)!r}), {str(to)!r}, progress=False)\n"
+                "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+            )
+            run = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                env={**os.environ, "PYTHONPATH": os.getcwd()},
+            )  # fmt: skip
+            runs.append(int(run.stdout))
+        peaks.append(min(runs))  # what the allocator keeps varies, and only adds
+    assert peaks[1] < 1.1 * peaks[0], peaks  # three times the lines
