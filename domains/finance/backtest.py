@@ -131,7 +131,7 @@ def summary(found: xr.Dataset) -> xr.Dataset:
     """Means of the scores and tests of the forecasts, over the days with a return.
 
     Args:
-        found: of ``backtest``, or of another forecaster with the same variables.
+        found: of ``backtest``, or of another forecaster with the same variables; log_score may be missing.
 
     Returns:
         Dim series: days, log_score, crps, pit_distance, pit_p, pit_mean, pit_sd (of normal scores). With
@@ -145,8 +145,7 @@ def summary(found: xr.Dataset) -> xr.Dataset:
         y, uniform = one["returns"].values, scores.uniformity(one["pit"].values)
         numbers: dict[str, Any] = {
             "days": len(y),
-            "log_score": one["log_score"].values.mean(),
-            "crps": one["crps"].values.mean(),
+            **{score: one[score].values.mean() for score in ("log_score", "crps") if score in one},
             "pit_distance": uniform.distance,
             "pit_p": uniform.p,
             "pit_mean": uniform.mean,
@@ -171,7 +170,8 @@ def summary(found: xr.Dataset) -> xr.Dataset:
 
 def flat(told: xr.Dataset) -> pd.DataFrame:
     """The summary with a row for each series; names of levels end in percent, as in kupiec_p_1."""
-    columns = {name: told[name].values for name in ("days", "log_score", "crps", "pit_p", "pit_sd")}
+    names = ("days", "log_score", "crps", "pit_p", "pit_sd")
+    columns = {name: told[name].values for name in names if name in told}
     for level in told["level"].values:
         for name in ("violations", "kupiec_p", "christoffersen_p", "fz0"):
             columns[f"{name}_{100 * level:g}"] = told[name].sel(level=level).values

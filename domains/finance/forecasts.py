@@ -239,7 +239,13 @@ def following(state: Filter, table: xr.Dataset) -> xr.DataArray:
     return new.sel(series=list(state.series))
 
 
-def forecast(known: xr.DataTree | Filter, horizon: int = 20, paths: int = 4000, seed: int = 0) -> xr.Dataset:
+def forecast(
+    known: xr.DataTree | Filter,
+    horizon: int = 20,
+    paths: int = 4000,
+    seed: int = 0,
+    probability: np.ndarray | None = None,
+) -> xr.Dataset:
     """Simulate the days to come.
 
     Args:
@@ -247,11 +253,14 @@ def forecast(known: xr.DataTree | Filter, horizon: int = 20, paths: int = 4000, 
         horizon: how many days.
         paths: how many.
         seed: of the paths.
+        probability: of a shock below that of each path and day, (path, series, horizon), uniform in each
+            series, where shocks of a day depend on each other; None for independent ones.
 
     Returns:
         returns and log_variance (path, series, horizon), all paths of equal weight. Coordinate horizon is 1,
         2, ...; ``day`` along it is the business days (Monday to Friday, holidays are not known) after the
-        last if days are dates, else the numbers that follow. Paths of different series are independent.
+        last if days are dates, else the numbers that follow. Volatilities of different series are
+        independent.
 
     Example: value at risk of the return over all days is that of ``result["returns"].cumsum("horizon")``.
     """
@@ -266,7 +275,7 @@ def forecast(known: xr.DataTree | Filter, horizon: int = 20, paths: int = 4000, 
         for _ in range(horizon - 1):
             h.append(_step(story, h[-1].unsqueeze(-1)).squeeze(-1))
         path = torch.stack(h, -1)
-        returns = story.returns(path)
+        returns = story.returns(path, None if probability is None else torch.from_numpy(probability))
     dims = ("path", "series", "horizon")
     coords = {"series": list(state.series), "horizon": np.arange(1, horizon + 1)}
     found = xr.Dataset(

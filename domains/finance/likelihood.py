@@ -74,10 +74,12 @@ class Story:
 
         return of
 
-    def returns(self, h: Tensor) -> Tensor:
-        """Returns drawn along paths (*, series, day + 1)."""
+    def returns(self, h: Tensor, probability: Tensor | None = None) -> Tensor:
+        """Returns along paths (*, series, day + 1), drawn; or those of given probabilities of lower ones."""
         loc, scale, p = self.placed(h[..., :-1], h[..., 1:])
-        return loc + scale * shocks.sample(loc.shape, loc, p.nu, p.nu_upper)
+        if probability is None:
+            return loc + scale * shocks.sample(loc.shape, loc, p.nu, p.nu_upper)
+        return loc + scale * shocks.quantile(probability, p.nu, p.nu_upper)
 
     @property
     def accuracy(self) -> Accuracy:

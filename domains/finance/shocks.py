@@ -59,6 +59,17 @@ def cumulative(e: Tensor, nu: Tensor | None = None, nu_upper: Tensor | None = No
     return torch.as_tensor(special.betainc(a.numpy(), b.numpy(), share.numpy()))
 
 
+def quantile(p: Tensor, nu: Tensor | None = None, nu_upper: Tensor | None = None) -> Tensor:
+    """The shocks below which these probabilities (*) lie, by SciPy: no gradients."""
+    if nu is None:
+        return torch.special.ndtri(p)
+    a, b = 0.5 * nu, 0.5 * (nu if nu_upper is None else nu_upper)
+    share = torch.as_tensor(special.betaincinv(a.numpy(), b.numpy(), p.numpy()))
+    rest = torch.as_tensor(special.betaincinv(b.numpy(), a.numpy(), 1 - p.numpy()))  # 1 - share, exact near 1
+    mean, sd = _moments(a, b)
+    return ((a + b).sqrt() * (share - rest) / (2 * (share * rest).sqrt()) - mean) / sd
+
+
 def _moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation before they are taken out."""
     ratio = torch.lgamma(a - 0.5) - torch.lgamma(a) + torch.lgamma(b - 0.5) - torch.lgamma(b)

@@ -58,6 +58,14 @@ def test_draws_follow_the_density(lower, upper):
     assert stats.kstest(drawn, law.cdf).statistic < 1.95 / 20_000**0.5
 
 
+@pytest.mark.parametrize(("lower", "upper"), [(None, None), (6.0, None), (6.0, 25.0), (9.0, 4.5)])
+def test_quantiles_undo_probabilities(lower, upper):
+    nu, nu_upper = (None if v is None else number(v) for v in (lower, upper))
+    e = torch.tensor([-6.0, -3.0, -0.3, 0.0, 1.0, 2.5, 4.0], dtype=torch.float64)
+    p = shocks.cumulative(e, nu, nu_upper)
+    np.testing.assert_allclose(shocks.quantile(p, nu, nu_upper), e, rtol=1e-6, atol=1e-9)
+
+
 def test_far_out_single_precision_follows_the_power_of_the_tail():
     """At a million sd either way: SciPy's density in double precision, to single precision's rounding."""
     a, b = 2.5, 6.0
