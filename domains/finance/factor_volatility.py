@@ -194,8 +194,8 @@ def forecast(known: Known, horizon: int = 20, paths: int = 4000, seed: int = 0) 
 
     Returns:
         returns (path, series, horizon) in percent, all paths of equal weight, with the coordinates of
-        ``forecasts.forecast``; ``portfolio`` makes one series of them. Given volatilities, the shocks of a
-        day have the copula of the module's docstring.
+        ``forecasts.forecast``; ``portfolio`` makes one series of them. The shocks of the first day have the
+        copula of the module's docstring; those of a later day have it given the path's volatilities.
     """
     rng = np.random.default_rng([known.shocks.seed, known.shocks.taken, 3, seed])
     shape = (paths, len(known.series), horizon)

@@ -244,7 +244,7 @@ def forecast(
     horizon: int = 20,
     paths: int = 4000,
     seed: int = 0,
-    probability: np.ndarray | None = None,
+    together: np.ndarray | None = None,
 ) -> xr.Dataset:
     """Simulate the days to come.
 
@@ -253,14 +253,14 @@ def forecast(
         horizon: how many days.
         paths: how many.
         seed: of the paths.
-        probability: of a shock below that of each path and day, (path, series, horizon), uniform in each
-            series, where shocks of a day depend on each other; None for independent ones.
+        together: uniform numbers (path, series, horizon) that say how series depend on each other: on the
+            first day the probability of a lower return, given all that is known; on later days that of a
+            lower shock, given the path's volatility. None for independent series.
 
     Returns:
         returns and log_variance (path, series, horizon), all paths of equal weight. Coordinate horizon is 1,
         2, ...; ``day`` along it is the business days (Monday to Friday, holidays are not known) after the
-        last if days are dates, else the numbers that follow. Volatilities of different series are
-        independent.
+        last if days are dates, else the numbers that follow.
 
     Example: value at risk of the return over all days is that of ``result["returns"].cumsum("horizon")``.
     """
@@ -271,11 +271,19 @@ def forecast(
         one = torch.randint(particles, pick.shape)
         column = torch.arange(n_series).expand(pick.shape)
         story = state.story.mapped(lambda value: value.gather(0, pick))
-        h = [state.now[pick, column, one], state.ahead[pick, column, one]]
+        h = torch.stack([state.now[pick, column, one], state.ahead[pick, column, one]], -1)
+        first = story.returns(h)
+        if together is not None:  # the paths of each series in the order of its uniform numbers
+            rank = torch.from_numpy(together[..., 0]).argsort(0).argsort(0)
+            order = first.squeeze(-1).argsort(0).gather(0, rank)
+            story = story.mapped(lambda value: value.gather(0, order))
+            h, first = (value[order, column] for value in (h, first))
+        path = list(h.unbind(-1))
         for _ in range(horizon - 1):
-            h.append(_step(story, h[-1].unsqueeze(-1)).squeeze(-1))
-        path = torch.stack(h, -1)
-        returns = story.returns(path, None if probability is None else torch.from_numpy(probability))
+            path.append(_step(story, path[-1].unsqueeze(-1)).squeeze(-1))
+        path = torch.stack(path, -1)
+        given = None if together is None else torch.from_numpy(together[..., 1:])
+        returns = torch.cat([first, story.returns(path[..., 1:], given)], -1)
     dims = ("path", "series", "horizon")
     coords = {"series": list(state.series), "horizon": np.arange(1, horizon + 1)}
     found = xr.Dataset(
