@@ -12,8 +12,10 @@ and all are fitted in one computation.
 The path is summed out (``likelihood``), so that the latents of a series are its three to seven parameters.
 Their guide is a skewed normal at the mode that a search finds for each series, with the curvature and the
 widths there: no step of a fit is needed, and series or days that the fit has not seen are served as well as
-its own. Given the parameters, the path is drawn from the Gaussian chain nearest to its
-posterior. ``make(path="sampled")`` keeps the path as a latent, as NUTS wants it.
+its own. How well T days tell mu depends on phi and sigma, as the mean of the path strays from it by
+sigma / (1 - phi) / T^(1/2); so search and guide see mu in units of that. Given the parameters, the path is
+drawn from the Gaussian chain nearest to its posterior. ``make(path="sampled")`` keeps the path as a latent,
+as NUTS wants it.
 
 Missing days say nothing: gaps and forecasts follow from the autoregression.
 
@@ -25,9 +27,10 @@ References:
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -38,7 +41,7 @@ import pyro.distributions as dist
 import torch
 import xarray as xr
 from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch.distributions import AffineTransform, biject_to
 
 from domains.finance.likelihood import Returns, Story
 from domains.finance.returns import from_prices, from_returns
@@ -55,6 +58,7 @@ Path = Literal["summed", "sampled"]
 
 FEWEST = 10  # returns of a series
 LONGEST_RUN = 15  # equal returns in a row: a density of returns has no maximum there (our choice)
+_OF_A_DAY = 2.0  # variance with which a normal return tells its log variance: one over Fisher's information
 _STALE = 0.3  # on the unbounded scale: quadratics found at most so far away serve a step of the search
 
 
@@ -88,7 +92,7 @@ class Kind:
     def names(self) -> tuple[str, ...]:
         """The parameters of a series; first those with the longest tails, which the others follow."""
         heavy = {"normal": (), "t": ("nu",), "skew_t": ("nu_upper", "nu")}[self.errors]
-        return (*heavy, "mu", "phi", "sigma", *("rho",) * self.leverage, *("drift",) * self.drift)
+        return (*heavy, "phi", "sigma", "mu", *("rho",) * self.leverage, *("drift",) * self.drift)
 
 
 UNITS = {"mu": "ln(percent^2)", "sigma": "ln(percent^2)", "drift": "percent"}
@@ -113,9 +117,26 @@ def laws(prior: Prior, kind: Kind, like: Tensor) -> dict[str, dist.TorchDistribu
     return {name: found[name] for name in kind.names}
 
 
-def to_natural(laws: Mapping[str, dist.TorchDistribution]) -> dict[str, Any]:
-    """Maps from the unbounded scale to that of each parameter."""
-    return {name: biject_to(law.support) for name, law in laws.items()}
+@dataclass(frozen=True)
+class Chart:
+    """Maps from the unbounded scale of a search and its guide to the parameters.
+
+    Args:
+        supports: of the parameters, by name.
+        level: mu at 0 of its scale, (series,).
+        days: with a return, (series,).
+    """
+
+    supports: Mapping[str, Any]
+    level: Tensor
+    days: Tensor
+
+    def map(self, name: str, found: Mapping[str, Tensor]) -> Any:
+        """That of a parameter, given those before it."""
+        if name != "mu":
+            return biject_to(self.supports[name])
+        long_run = found["sigma"].square() / (1 - found["phi"]).square()
+        return AffineTransform(self.level, ((long_run + _OF_A_DAY) / self.days).sqrt())
 
 
 def _present(batch: Batch) -> Tensor | None:
@@ -169,59 +190,70 @@ class Target:
     def __init__(self, y: Tensor, present: Tensor | None, prior: Prior, kind: Kind) -> None:
         self.y, self.there, self.kind = y, present, kind
         self.laws = laws(prior, kind, y)
-        self.maps = to_natural(self.laws)
-        self.at = self.start()
-        self.near = self.story(self.at).near(y, present)
+        self.chart, self.at = self._start()
+        self.near = self.parts(self.at)[0].near(y, present)
 
-    def start(self) -> Tensor:
+    def _start(self) -> tuple[Chart, Tensor]:
         """Where a search begins, (series, parameters): the level of the returns, and what is common."""
         there = torch.ones_like(self.y) if self.there is None else self.there.to(self.y)
-        mean = (self.y * there).sum(-1) / there.sum(-1)
-        variance = ((self.y - mean.unsqueeze(-1)).square() * there).sum(-1) / there.sum(-1)
+        days = there.sum(-1)
+        mean = (self.y * there).sum(-1) / days
+        size = ((self.y - mean.unsqueeze(-1)).abs() * there).sum(-1) / days
         usual = {"phi": 0.95, "sigma": 0.25, "nu": 10.0, "nu_upper": 15.0, "rho": -0.3}
         values = {name: torch.full_like(mean, value) for name, value in usual.items()}
-        values |= {"mu": variance.log() - 0.3, "drift": mean}
-        return torch.stack([self.maps[n].inv(values[n]) for n in self.kind.names], -1)
+        # of a normal with its path's variance about 1: E|y| = (2 / pi)^(1/2) exp(mu / 2 + 1 / 8)
+        values |= {"mu": 2 * size.log() + math.log(0.5 * math.pi) - 0.25, "drift": mean}
+        chart = Chart({name: law.support for name, law in self.laws.items()}, values["mu"], days)
+        return chart, torch.stack([chart.map(n, values).inv(values[n]) for n in self.kind.names], -1)
 
-    def story(self, u: Tensor) -> Story:
-        """The parameters at points (*, series, parameters)."""
-        return Story(**{n: self.maps[n](x) for n, x in zip(self.kind.names, u.unbind(-1), strict=True)})
+    def parts(self, u: Tensor) -> tuple[Story, Tensor]:
+        """The parameters at points (*, series, parameters), and the log volume that the maps give a point."""
+        found: dict[str, Tensor] = {}
+        volume = torch.zeros_like(u[..., 0])
+        for name, x in zip(self.kind.names, u.unbind(-1), strict=True):
+            to = self.chart.map(name, found)
+            found[name] = to(x)
+            volume = volume + to.log_abs_det_jacobian(x, found[name])
+        return Story(**found), volume
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log density (*, series) and gradient."""
         if u.dim() == 2 and bool(((u - self.at).abs() > _STALE).any()):
-            self.near, self.at = self.story(u).near(self.y, self.there, self.near), u
+            self.near, self.at = self.parts(u)[0].near(self.y, self.there, self.near), u
         with torch.enable_grad():
             u = u.detach().requires_grad_(True)
-            story, value = self.story(u), 0.0
-            for (name, law), x in zip(self.laws.items(), u.unbind(-1), strict=True):
-                natural = story.parts()[name]
-                value = value + law.log_prob(natural) + self.maps[name].log_abs_det_jacobian(x, natural)
+            story, value = self.parts(u)
+            for name, law in self.laws.items():
+                value = value + law.log_prob(story.parts()[name])
             value = value + story.log_likelihood(self.y, self.there, self.near)
             (gradient,) = torch.autograd.grad(value.sum(), u)
         return value.detach(), gradient
 
 
-def posterior(batch: Batch, prior: Prior, kind: Kind) -> Peak:
-    """Each series's parameters on the unbounded scale, found in double precision."""
+def posterior(batch: Batch, prior: Prior, kind: Kind) -> tuple[Chart, Peak]:
+    """Each series's parameters on the unbounded scale, found in double precision, and what maps them."""
     target = Target(batch.returns.double(), _present(batch), prior, kind)
-    return Peak(*(part.to(batch.returns) for part in peak(target, target.start())))
+    chart, found = target.chart, peak(target, target.at)
+    level, days = chart.level.to(batch.returns), chart.days.to(batch.returns)
+    return replace(chart, level=level, days=days), Peak(*(part.to(batch.returns) for part in found))
 
 
 def guide(batch: Batch, prior: Prior, nets: nn.Module | None, *, kind: Kind) -> None:
     """A skewed normal about each series's mode, parameter by parameter given those before."""
-    found, maps = posterior(batch, prior, kind), to_natural(laws(prior, kind, batch.returns))
+    chart, at = posterior(batch, prior, kind)
     noise: list[Tensor] = []
+    found: dict[str, Tensor] = {}
     with batch.plate("series"):
         for k, name in enumerate(kind.names):
-            centre, width = found.loc[:, k], found.tril[:, k, k]
+            centre, width = at.loc[:, k], at.tril[:, k, k]
             for j, z in enumerate(noise):
-                centre = centre + found.tril[:, k, j] * z
+                centre = centre + at.tril[:, k, j] * z
             base = dist.Normal(torch.zeros_like(centre), torch.ones_like(centre))
-            bend = SinhArcsinh(found.skew[:, k], TAIL * torch.ones_like(centre))
-            place = torch.distributions.AffineTransform(centre, width)
-            value = pyro.sample(name, dist.TransformedDistribution(base, [bend, place, maps[name]]))
-            noise.append((maps[name].inv(value) - centre) / width)
+            bend = SinhArcsinh(at.skew[:, k], TAIL * torch.ones_like(centre))
+            to = chart.map(name, found)
+            law = dist.TransformedDistribution(base, [bend, AffineTransform(centre, width), to])
+            found[name] = pyro.sample(name, law)
+            noise.append((to.inv(found[name]) - centre) / width)
 
 
 def simulate(

@@ -26,7 +26,9 @@ FLATTEST = (
 )  # largest variance of a direction, on the unbounded scale: nothing is known of a flatter one
 
 
-TAIL = 1.2  # of the bend: somewhat heavier than a normal's, so that importance weights have light tails
+# Of the bend: heavier than a normal's, so that importance weights have light tails. Of 40 series of returns
+# k-hat is .52, .40 in the mean at 1.2, 1.4, at the price of a seventh of the effective draws.
+TAIL = 1.4
 
 
 class Peak(NamedTuple):

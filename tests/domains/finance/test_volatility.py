@@ -144,8 +144,8 @@ def simulated():
 
 def test_several_series_are_fitted_at_once_as_each_alone(simulated):
     data, _ = simulated
-    together = volatility.posterior(batch_of(data), volatility.Prior(), volatility.Kind())
-    alone = volatility.posterior(batch_of(data.isel(series=[1])), volatility.Prior(), volatility.Kind())
+    _, together = volatility.posterior(batch_of(data), volatility.Prior(), volatility.Kind())
+    _, alone = volatility.posterior(batch_of(data.isel(series=[1])), volatility.Prior(), volatility.Kind())
     sd = alone.tril[0].square().sum(-1).sqrt()
     assert float(((together.loc[1] - alone.loc[0]) / sd).abs().max()) < 0.1
 
