@@ -321,4 +321,4 @@ def _scored(
     return xr.Dataset(found, {"series": real["series"].values, "level": list(levels)})
 
 
-template = volatility.template
+template = volatility.make(leverage=False)
