@@ -165,7 +165,6 @@ def _concave(aa: Tensor, ab: Tensor, bb: Tensor) -> tuple[Tensor, Tensor, Tensor
     return aa, ab, bb
 
 
-@torch.no_grad()
 def quadratics(
     prior: Autoregressive,
     link: Link,
@@ -182,25 +181,37 @@ def quadratics(
         accuracy: how finely.
         start: those of other parameters, to begin with.
     """
+    return settled(prior, link, coupled, accuracy, start)[0]
+
+
+@torch.no_grad()
+def settled(
+    prior: Autoregressive,
+    link: Link,
+    coupled: bool,
+    accuracy: Accuracy,
+    start: Quadratics | None = None,
+) -> tuple[Quadratics, Tensor]:
+    """``quadratics``, and how far the last step but one moved a mean of each path, in sd, (*)."""
     if start is None:
         m = Moments(prior.mean, 0.1 * prior.variance, 0.09 * prior.variance[..., 1:])
     else:
         m = start.posterior(prior).moments()
-    found = _fitted(link, m, accuracy.fit, coupled)
+    found, far = _fitted(link, m, accuracy.fit, coupled), m.mean[..., 0]
     for taken in range(accuracy.steps):
         chain = found.posterior(prior)
         variance, covariance = chain.elimination.spread()
         step = chain.mean - m.mean
-        far = (step.abs() / variance.sqrt()).max()
+        far = (step.abs() / variance.sqrt()).amax(-1)
         step = step * (
             2.0 / step.abs().amax(-1, keepdim=True).clamp_min(2.0)
         )  # of log variance: a factor e^2
         m = Moments(m.mean + step, variance, covariance)
         # full steps end soon, or go to and fro, as with very heavy tails: then half steps end
         found = found.towards(_fitted(link, m, accuracy.fit, coupled), 1.0 if taken < accuracy.full else 0.5)
-        if bool(far < accuracy.tolerance):
+        if bool((far < accuracy.tolerance).all()):
             break
-    return found
+    return found, far
 
 
 def _hermite(x: Tensor, terms: int) -> Tensor:
