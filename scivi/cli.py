@@ -6,31 +6,27 @@ Longer than 400 lines because eight signatures with their help are most of it.
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from inspect import signature
+from dataclasses import fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 import xarray as xr
 from typer.core import TyperGroup
 
-from scivi.errors import CheckpointError, DataError, FitError, PlanError, SciVIError, TemplateError, listed
+from scivi.errors import DataError, FitError, SciVIError, TemplateError
 from scivi.inference.plan import Plan
+from scivi.studies import commands as studies
+from scivi.studies import job as jobs
 
 if TYPE_CHECKING:
     from scivi.models.template import Template
 
-MOST_DRAWS, FEWEST_DRAWS = 1000, 100  # that a fit leaves of itself
-NUMBERS = 2**25  # draws x observed entries beyond which it leaves fewer (our choice: some seconds, 130 MB)
 ERROR, NOT_TRUSTED, STOPPED_BY_SIGNAL = 1, 3, 75  # 2 is wrong usage; 75 is "try again" in sysexits.h
 
 
@@ -45,6 +41,10 @@ class _Commands(TyperGroup):
         except SciVIError as error:
             typer.echo(f"scivi: {error}", err=True)
             raise typer.Exit(NOT_TRUSTED if isinstance(error, FitError) else ERROR) from None
+        except OSError as error:  # a full disk, a folder that cannot be written
+            where = f' "{error.filename}"' if error.filename else ""
+            typer.echo(f"scivi: {error.strerror or error}{where and ':'}{where}", err=True)
+            raise typer.Exit(ERROR) from None
 
 
 app = typer.Typer(
@@ -61,6 +61,9 @@ app = typer.Typer(
     "\b\nExample:\n"
     "  scivi fit domains.astrophysics.photons:template data/chandra_ic2395.nc --out results/ic2395",
 )
+
+
+app.add_typer(studies.app, name="study")
 
 
 def _repeated(flag: str, metavar: str, help: str) -> Any:
@@ -144,38 +147,16 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Fit a template to data; leave fit, history, posterior, figures and report in a folder."""
-    how = _plan(plan, setting, ctx.params)
-    what, source = _asked(template, prior, data, dim, column, select, make)
-    if plan is None:
-        how = _plan(None, setting, ctx.params, what.plan)
-    if (out / "fit").exists() and not (resume or overwrite):
-        raise CheckpointError(f'"{out}" holds a fit. Choose another --out, or give --resume or --overwrite.')
-    from scivi.inference.draws import predict
-    from scivi.inference.loop import fit as fitted
-    from scivi.inference.state import save
-
-    out.mkdir(parents=True, exist_ok=True)
-    beside = {"record": out / "history.jsonl", "checkpoint": out / "checkpoint.safetensors"}
-    if not resume:  # it would go on in the file of the fit before
-        beside["record"].unlink(missing_ok=True)
-    result = fitted(what, source, how, **beside, resume=resume, progress=not quiet)
-    save(result, out / "fit")
-    _write(result.history, out / "history.nc")
-    told = result.provenance["fit"]
-    summary = {"fit": str(out / "fit"), "history": str(out / "history.nc")}
-    summary |= {key: told[key] for key in ("stopped", "steps", "wall_s") if key in told}
-    if told["stopped"] == "signal":
+    how = _changes(setting, ctx.params)
+    base = None if plan is None else Plan.from_toml(plan).to_dict()
+    job = _job(template, data, prior, dim, column, select, make, plan=how, base=base, draws=draws)
+    beside: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "report": report}
+    summary = jobs.run(job, out, **beside, progress=not quiet)
+    if summary["stopped"] == "signal":
         _tell({**summary, "next": "the same command with --resume"}, as_json, quiet)
         raise typer.Exit(STOPPED_BY_SIGNAL)
-    n_draws, kept = _amount(draws, _entries(result.template, source), out)
-    tree = predict(result, source, n_draws, seed=how.seed, to=kept if kept.suffix == ".zarr" else None)
-    if kept.suffix != ".zarr":
-        _write(tree, kept)
-    summary["posterior"] = str(kept)
-    if report:
-        summary |= _judge(tree, out / "report.html", figures=out / "figures")
     _tell(summary, as_json, quiet)
-    _exit_unless_fit(told["stopped"], summary, strict)
+    _exit_unless_fit(summary["stopped"], summary, strict)
 
 
 @app.command(
@@ -210,17 +191,15 @@ def draw(
     from scivi.inference.state import load
 
     what = source = None
+    job = _job(template or "", data, [], dim, column, select)
     if template is not None:
-        what, source = _asked(template, [], data, dim, column, select)
+        what, source = job.opened()
     fits = [load(_fit_folder(folder), template=what) for folder in (fit, *more)]
     if source is None:
-        source = _opened(fits[0].template, data, dim, column, select)
+        source = jobs.opened(fits[0].template, data, job.dims, job.columns, job.select)
     drawn = verbs.predict if ctx.info_name == "predict" else verbs.draw
-    zarr = out.suffix == ".zarr"
-    how: dict[str, Any] = {"seed": seed, "to": out if zarr else None, "refine": refine}
+    how: dict[str, Any] = {"seed": seed, "to": out, "refine": refine}
     tree = drawn(fits if len(fits) > 1 else fits[0], source, draws, **how)
-    if not zarr:
-        _write(tree, out)
     _tell({"posterior": str(out), "sizes": _sizes(tree["posterior"])}, as_json, quiet)
 
 
@@ -255,14 +234,13 @@ def nuts(
     quiet: Quiet = False,
 ) -> None:
     """Sample the same model by NUTS, to compare."""
-    what, source = _asked(template, prior, data, dim, column, select)
+    what, source = _job(template, data, prior, dim, column, select).opened()
     from scivi.inference.nuts import nuts as sampled
     from scivi.inference.state import load
 
     given = None if fit is None else load(_fit_folder(fit), template=what)
     how: dict[str, Any] = {"draws": draws, "warmup": warmup, "chains": chains, "seed": seed, "rows": rows}
-    tree = sampled(what, source, given=given, backend=backend, **how, progress=not quiet)
-    _write(tree, out)
+    tree = sampled(what, source, given=given, backend=backend, **how, to=out, progress=not quiet)
     _tell({"posterior": str(out), "sizes": _sizes(tree["posterior"])}, as_json, quiet)
 
 
@@ -284,15 +262,16 @@ def simulate(
 ) -> None:
     """Simulate data from a template's model, with the truth."""
     what = _template(template, prior)
-    sizes = {name: _value(text) for name, text in _pairs(size, "--size").items()}
+    sizes = _values(size, "--size")
     if wrong := [f"--size {name}={n}" for name, n in sizes.items() if not isinstance(n, int) or n < 1]:
         raise typer.BadParameter(f"{', '.join(wrong)}: a size is a whole number of at least 1.")
     from scivi.inference.simulate import simulate as simulated
+    from scivi.inference.trees import save_tree
 
     table, truth = simulated(what, sizes, seed=seed)
     beside = out.with_name(f"{out.stem}_truth{out.suffix}")
-    _write(table, out)
-    _write(truth, beside)
+    save_tree(table, out)
+    save_tree(truth, beside)
     _tell({"table": str(out), "truth": str(beside), "sizes": _sizes(table)}, as_json, quiet)
 
 
@@ -313,7 +292,7 @@ def report(
 ) -> None:
     """Judge a posterior: one page, one verdict, and why."""
     page = posterior.with_name("report.html") if to is None else to
-    summary = _judge(
+    summary = jobs.judge(
         _tree(posterior),
         page,
         reference=None if reference is None else _tree(reference),
@@ -342,7 +321,7 @@ def check(
     if data is None:
         what, source = _template(template, prior), None
     else:
-        what, source = _asked(template, prior, data, dim, column, select)
+        what, source = _job(template, data, prior, dim, column, select).opened()
     from scivi.laws import check as checked
 
     table = checked(what, like=source, seed=seed)
@@ -384,145 +363,43 @@ def _template(reference: str, prior: Sequence[str]) -> Template:
     if callable(found):
         why = "is a function; without data a template is needed"
         raise TemplateError(f'"{reference}" {why}. Its module has {offered}.')
-    return _with_prior(import_template(reference), prior)
+    return jobs.with_prior(import_template(reference), _values(prior, "--prior"))
 
 
-def _asked(
-    reference: str,
+def _job(
+    template: str,
+    data: Path,
     prior: Sequence[str],
-    path: Path,
-    dim: list[str],
-    column: list[str],
-    select: list[str],
+    dim: Sequence[str],
+    column: Sequence[str],
+    select: Sequence[str],
     make: Sequence[str] = (),
-) -> tuple[Template, Any]:
-    """The template called ``module:name``, and the data, opened; a function so called makes both of DATA."""
-    from scivi.inference.state import imported
-    from scivi.models.template import Template
-
-    template, offered = imported(reference)
-    data, settings = path, {name: _value(text) for name, text in _pairs(make, "--make").items()}
-    if isinstance(template, Template) and settings:
-        raise TemplateError(f'"{reference}" is a template and no function: --make has nothing to set.')
-    if not isinstance(template, Template):
-        try:
-            signature(template).bind(path)
-        except (TypeError, ValueError):  # nothing, or nothing that can be called with one argument
-            module, _, name = reference.partition(":")
-            what = f'module "{module}" has no template "{name}", and no function of DATA so called'
-            raise TemplateError(f"{what}; it has {offered}.") from None
-        if not path.exists():
-            raise DataError(f'there is no "{path}".')
-        try:
-            found = template(path, **settings)
-        except TypeError as error:
-            if "unexpected keyword argument" not in str(error):
-                raise
-            raise TemplateError(f'"{reference}" cannot be called so: {error}.') from None
-        template, data = _made(found, reference)
-    template = _with_prior(template, prior)
-    return template, _opened(template, data, dim, column, select)
-
-
-def _made(found: Any, reference: str) -> tuple[Template, Any]:
-    """What a function from DATA has returned, if it is a template and data."""
-    from scivi.models.template import Template
-
-    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Template):
-        return found
-    kind = type(found).__name__
-    if isinstance(found, tuple):
-        kind = f"a tuple of {', '.join(type(part).__name__ for part in found) or 'nothing'}"
-    raise TemplateError(
-        f'"{reference}" returned {kind}; it must return a template and data: (template, data).'
+    **more: Any,
+) -> jobs.Job:
+    """What the arguments ask for."""
+    return jobs.Job(
+        template,
+        data,
+        make=_values(make, "--make"),
+        prior=_values(prior, "--prior"),
+        dims=_pairs(dim, "--dim"),
+        columns=_pairs(column, "--column"),
+        select={name: labels.split(",") for name, labels in _pairs(select, "--select").items()},
+        **more,
     )
 
 
-def _with_prior(template: Template, prior: Sequence[str]) -> Template:
-    changes = _pairs(prior, "--prior")
-    known = {f.name: getattr(template.prior, f.name) for f in fields(template.prior)}
-    faults, values = [], {}
-    for name, text in changes.items():
-        value = _value(text)
-        value = tuple(value) if isinstance(value, list) else value
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            guess = f'; did you mean "{near[0]}"?' if near else ""
-            faults.append(f'it has no "{name}"; it has {", ".join(known) or "no numbers"}{guess}')
-            continue
-        if isinstance(known[name], float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if known[name] is not None and not isinstance(value, type(known[name])):
-            faults.append(
-                f"{name} = {text}; it must be of type {type(known[name]).__name__}, as {known[name]!r} is"
-            )
-        values[name] = value
-    if faults:
-        raise TemplateError(listed(f'the prior of "{template.name}" cannot be changed so:', faults))
-    return replace(template, prior=replace(template.prior, **values)) if values else template
-
-
-def _plan(
-    file: Path | None,
-    settings: Sequence[str],
-    flags: Mapping[str, Any],
-    usual: Mapping[str, Any] = MappingProxyType({}),
-) -> Plan:
-    """The template's own plan or the file, then ``--set``, then flags that name a field of the plan."""
-    table = (Plan.from_dict(usual) if file is None else Plan.from_toml(file)).to_dict()
-    given = {name: flags[name] for name in table if flags.get(name) is not None}
-    table |= {name: _value(text) for name, text in _pairs(settings, "--set").items()} | given
-    if isinstance(rows := table["rows_per_batch"], str):
-        table["rows_per_batch"] = None if rows == "all" else _value(rows)
-    try:
-        return Plan.from_dict(table)
-    except TypeError as error:  # a table under "stop" with names that a Plateau does not have
-        raise PlanError(f"this plan cannot be used: {error}.") from None
-
-
-def _opened(template: Template, data: Any, dim: list[str], column: list[str], select: list[str]) -> Any:
-    from scivi.inference.loop import open_data
-    from scivi.inputs.sources import arranged, as_table
-
-    if dim or column or select:
-        chosen = {name: labels.split(",") for name, labels in _pairs(select, "--select").items()}
-        how = {"dims": _pairs(dim, "--dim"), "columns": _pairs(column, "--column")}
-        data = arranged(as_table(data), **how, select=chosen)
-    return open_data(template, data)
-
-
-def _entries(template: Template, source: Any) -> int:
-    """Observed entries, of which each draw makes a replicate."""
-    return sum(math.prod(source.sizes[d] for d in template.fields[n].dims) for n in template.observed)
-
-
-def _amount(draws: int | None, entries: int, out: Path) -> tuple[int, Path]:
-    """How many draws a fit leaves, and the file: zarr, written as rows come, where they are many."""
-    if draws is None:
-        draws = max(FEWEST_DRAWS, min(MOST_DRAWS, NUMBERS // max(1, entries)))
-    return draws, out / ("posterior.zarr" if draws * entries > 8 * NUMBERS else "posterior.nc")
+def _changes(settings: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the plan that ``--set`` names, and those that flags name, which come after."""
+    given = {f.name: flags[f.name] for f in fields(Plan) if flags.get(f.name) is not None}
+    table = _values(settings, "--set") | given
+    if isinstance(rows := table.get("rows_per_batch"), str):
+        table["rows_per_batch"] = _value(rows)
+    return table
 
 
 def _fit_folder(folder: Path) -> Path:
     return folder / "fit" if (folder / "fit").is_dir() else folder
-
-
-def _judge(tree: xr.DataTree, page: Path, figures: Path | None = None, **beside: Any) -> dict[str, Any]:
-    """Write the report, and figures if asked; what the summary says of them."""
-    import scivi.analysis as analysis
-
-    table = analysis.report(tree, to=page, **beside)
-    summary = {"verdict": table.attrs["verdict"], "why": json.loads(table.attrs["why"]), "report": str(page)}
-    if figures is None:
-        return summary
-    figures.mkdir(parents=True, exist_ok=True)
-    for name in ("population", "row_k", "catalogue", "predictive", "history"):
-        try:
-            figure = getattr(analysis, f"plot_{name}")(tree)
-        except DataError:  # the posterior has nothing of what this one shows
-            continue
-        figure.savefig(figures / f"{name}.png", dpi=150)
-    return {**summary, "figures": str(figures)}
 
 
 def _exit_unless_fit(stopped: str, summary: Mapping[str, Any], strict: bool) -> None:
@@ -538,14 +415,6 @@ def _tree(path: Path) -> xr.DataTree:
         return xr.open_datatree(path, engine=engine, decode_timedelta=False)
     except (OSError, ValueError) as error:
         raise DataError(f'"{path}" is no posterior that can be read: {error}') from None
-
-
-def _write(tree: xr.DataTree | xr.Dataset, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".zarr":
-        tree.to_zarr(path, mode="w", zarr_format=2)  # zarr 3 has no settled way to store labels yet
-    else:
-        tree.to_netcdf(path, engine="h5netcdf")
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -578,6 +447,11 @@ def _pairs(texts: Sequence[str], option: str) -> dict[str, str]:
         if not text.partition("=")[0] or "=" not in text:
             raise typer.BadParameter(f'{option} "{text}": write it as NAME=VALUE.')
     return {name.strip(): value.strip() for name, _, value in (text.partition("=") for text in texts)}
+
+
+def _values(texts: Sequence[str], option: str) -> dict[str, Any]:
+    """The same with TOML values."""
+    return {name: _value(text) for name, text in _pairs(texts, option).items()}
 
 
 def _value(text: str) -> Any:

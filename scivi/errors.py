@@ -52,6 +52,10 @@ class CheckpointError(SciVIError, RuntimeError):
     """A saved fit or checkpoint is missing, damaged, or belongs to something else."""
 
 
+class StudyError(SciVIError, ValueError):
+    """A study cannot be used, or its folder is not what it should be; the message lists every fault."""
+
+
 class Unsupported(SciVIError, NotImplementedError):
     """The combination that was asked for is not offered; the message says what is."""
 

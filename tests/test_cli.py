@@ -177,7 +177,7 @@ def test_a_function_is_given_its_arguments(here, monkeypatch):
     assert seen == {"name": "few schools"}
     assert "unexpected keyword argument 'colour'" in scivi(*function, "--make", "colour=1", code=1).stderr
     told = scivi("fit", "my_model:schools", "schools.nc", "--out", "out", "--make", "name=x", code=1).stderr
-    assert "--make has nothing to set" in told
+    assert "there is nothing to make" in told
 
 
 @pytest.mark.parametrize("command", [("simulate", "--size", "school=5", "--out", "s.nc"), ("check",)])
@@ -224,13 +224,14 @@ def test_a_pair_without_equals_is_wrong_usage(here):
 
 
 def test_flags_override_settings_and_settings_the_file(here):
-    from scivi.cli import _plan
+    from scivi.cli import _changes
     from scivi.inference.plan import Plan
+    from scivi.studies.job import Job
 
-    Path("plan.toml").write_text("steps = 10\nlr = 0.1\nseed = 3\n")
     flags = {"steps": 12, "rows_per_batch": "all", "template": "not a field of the plan"}
-    plan = _plan(Path("plan.toml"), ["lr=0.2", "steps=11", "clip=none"], flags)
-    assert plan == Plan(steps=12, lr=0.2, seed=3, rows_per_batch=None, clip=None)
+    changes = _changes(["lr=0.2", "steps=11", "clip=none"], flags)
+    job = Job("a:b", Path("c"), changes, base={"steps": 10, "lr": 0.1, "seed": 3})
+    assert job.plan_of({"seed": 9}) == Plan(steps=12, lr=0.2, seed=3, rows_per_batch=None, clip=None)
 
 
 def test_an_earlier_fit_is_not_overwritten(here):

@@ -146,13 +146,18 @@ class Plan:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Plan:
-        """A plan from plain values; unknown names are an error that lists the known ones."""
+        """A plan from plain values; unknown names are an error that lists the known ones.
+
+        TOML has no None: "none" stands for it, and "all" for that of ``rows_per_batch``.
+        """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(table) - known)
         if unknown:
             names = ", ".join(repr(name) for name in unknown)
             raise PlanError(f"a plan has no {names}. It has: {', '.join(sorted(known))}.")
-        return cls(**table)
+        words = {"none", "all"}
+        plain = {k: None if isinstance(v, str) and v in words else v for k, v in table.items()}
+        return cls(**plain)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Plan:

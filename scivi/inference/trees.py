@@ -76,8 +76,8 @@ def tree(groups: Mapping[str, xr.Dataset], provenance: Mapping[str, Any]) -> xr.
     return root
 
 
-def save_tree(found: xr.DataTree, path: str | Path) -> Path:
-    """Write a tree to .nc (netCDF) or .zarr, whole or not at all."""
+def save_tree(found: xr.DataTree | xr.Dataset, path: str | Path) -> Path:
+    """Write a tree or dataset to .nc (netCDF) or .zarr, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)

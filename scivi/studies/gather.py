@@ -1,0 +1,238 @@
+"""What the fits of a study have found, side by side: one tree, and one table of diagnostics and verdicts.
+
+    /                        diagnostics: a fit along "fit", with the study's axes as coordinates
+    /<template>/<data>       posteriors, dims (plan, prior, seed, chain, draw, ...)
+
+Written fit by fit: memory does not grow with their number. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from scivi.errors import StudyError
+from scivi.studies.folder import Standing, place, standings
+from scivi.studies.manifest import AXES, Manifest
+
+VARIANTS = ("plan", "prior", "seed")
+_NUMBERS = ("score", "score_se", "steps", "wall_s", "number")
+_WORDS = ("verdict", "stopped", "cause", "message", "host")
+_ZARR = 2  # zarr 3 has no settled way to store labels yet
+
+
+def names(manifest: Manifest) -> tuple[dict[str, str], dict[str, str]]:
+    """Short names of templates and data, as short as tells them apart."""
+    templates = list(dict.fromkeys(row.template for row in manifest.rows))
+    paths = list(dict.fromkeys(row.data for row in manifest.rows))
+    return _short([t.replace(":", ".").split(".") for t in templates], templates), _short(
+        [Path(p).parts for p in paths], paths
+    )
+
+
+def _short(parts: Sequence[Sequence[str]], whole: Sequence[str]) -> dict[str, str]:
+    """The fewest last parts, joined by "-", that differ; "template" as a last part says nothing."""
+    kept = [p[:-1] if len(p) > 1 and p[-1] == "template" else p for p in parts]
+    for n in range(1, max(map(len, kept), default=1) + 1):
+        found = ["-".join(p[-n:]) for p in kept]
+        if len(set(found)) == len(found):
+            return dict(zip(whole, found, strict=True))
+    return dict(zip(whole, whole, strict=True))
+
+
+def diagnostics(folder: Path, manifest: Manifest | None = None) -> xr.Dataset:
+    """Dim fit: state, verdict, score (nats, by leave-one-out), steps, seconds, cause of failure, attempts.
+
+    The study's axes are coordinates along fit.
+    """
+    manifest = manifest or Manifest.read(folder)
+    found = standings(folder, manifest)
+    templates, data = names(manifest)
+    axes: dict[str, list[Any]] = {
+        "template": [templates[s.row.template] for s in found],
+        "data": [data[s.row.data] for s in found],
+        **{name: [getattr(s.row, name) for s in found] for name in VARIANTS},
+    }
+    columns: dict[str, Any] = {"state": [s.state for s in found]}
+    for name in _NUMBERS:
+        columns[name] = np.array([s.told.get(name, np.nan) for s in found], float)
+    for name in _WORDS:
+        columns[name] = [str(s.told.get(name) or "") for s in found]
+    columns["why"] = ["\n".join(s.told.get("why", [])) for s in found]
+    coords = {"fit": [s.row.id for s in found]} | {n: ("fit", v) for n, v in axes.items()}
+    table = xr.Dataset({n: ("fit", v) for n, v in columns.items()}, coords).rename(number="attempts")
+    table["score"].attrs["units"] = table["score_se"].attrs["units"] = "nat"
+    table["wall_s"].attrs["units"] = "s"
+    return table
+
+
+def gather(folder: Path, to: Path | None = None) -> Path:
+    """Write posteriors and diagnostics of a study into one .zarr or .nc; what has not ended is missing.
+
+    Args:
+        folder: of the study.
+        to: ``gathered.zarr`` in it if None.
+
+    Returns:
+        What was written.
+
+    Raises:
+        StudyError: the draws of fits that stand side by side have different sizes.
+    """
+    manifest = Manifest.read(folder)
+    to = folder / "gathered.zarr" if to is None else to
+    aside = to.with_name(f".{to.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        diagnostics(folder, manifest).to_zarr(aside, mode="w", consolidated=False, zarr_format=_ZARR)
+        for group, fits in _groups(folder, manifest).items():
+            _write_group(aside, group, fits, folder)
+        import zarr
+
+        zarr.consolidate_metadata(str(aside), zarr_format=_ZARR)
+        if to.suffix == ".nc":
+            with xr.open_datatree(aside, engine="zarr", chunks=None) as tree:
+                tree.to_netcdf(whole := aside.with_suffix(".nc"), engine="h5netcdf")
+            whole.replace(to)
+        else:
+            if to.exists():
+                shutil.rmtree(to)
+            aside.replace(to)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return to
+
+
+def _groups(folder: Path, manifest: Manifest) -> dict[str, list[Standing]]:
+    """The fits that are done, by template and data."""
+    templates, data = names(manifest)
+    found: dict[str, list[Standing]] = {}
+    for standing in standings(folder, manifest):
+        if standing.state == "done":
+            row = standing.row
+            found.setdefault(f"{templates[row.template]}/{data[row.data]}", []).append(standing)
+    return found
+
+
+def _write_group(store: Path, group: str, fits: Sequence[Standing], folder: Path) -> None:
+    """One template's posteriors of one data set, each fit at its place along the axes."""
+    labels = {name: list(dict.fromkeys(getattr(s.row, name) for s in fits)) for name in VARIANTS}
+    shape = tuple(map(len, labels.values()))
+    first = _posterior(folder, fits[0])
+    _lay_out(store, group, first, labels, shape)
+    import zarr
+
+    node: Any = zarr.open_group(str(store), path=group, mode="r+", zarr_format=_ZARR)
+    for standing in fits:
+        draws = _posterior(folder, standing)
+        if dict(draws.sizes) != dict(first.sizes):
+            raise StudyError(
+                f'"{standing.row.label}" has draws of sizes {dict(draws.sizes)}, "{fits[0].row.label}" of '
+                f"{dict(first.sizes)}: they cannot stand side by side."
+            )
+        at = tuple(labels[name].index(getattr(standing.row, name)) for name in VARIANTS)
+        for name, variable in draws.data_vars.items():
+            node[str(name)][at] = variable.values
+        draws.close()
+
+
+def _posterior(folder: Path, standing: Standing) -> xr.Dataset:
+    fit = place(folder, standing.row)
+    netcdf = fit / "posterior.nc"
+    path, engine = (netcdf, "h5netcdf") if netcdf.exists() else (fit / "posterior.zarr", "zarr")
+    return xr.open_dataset(path, group="posterior", engine=engine, decode_timedelta=False)
+
+
+def _lay_out(
+    store: Path, group: str, like: xr.Dataset, labels: Mapping[str, list[Any]], shape: tuple[int, ...]
+) -> None:
+    """Empty arrays for all fits of a group, with labels: NaN where there is no fit."""
+    import zarr
+
+    coords = {**{n: c for n, c in like.coords.items() if n in like.dims}, **labels}
+    xr.Dataset(coords=coords).to_zarr(store, group=group, mode="a", consolidated=False, zarr_format=_ZARR)
+    node = zarr.open_group(str(store), path=group, mode="r+", zarr_format=_ZARR)
+    for name, variable in like.data_vars.items():
+        kind = variable.dtype if variable.dtype.kind == "f" else np.dtype("float64")
+        array = node.create_array(
+            str(name),
+            shape=(*shape, *variable.shape),
+            chunks=(*(1 for _ in shape), *variable.shape),
+            dtype=kind,
+            fill_value=np.nan,
+        )
+        array.attrs.update({**variable.attrs, "_ARRAY_DIMENSIONS": [*VARIANTS, *map(str, variable.dims)]})
+
+
+def ranked(table: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
+    """Fits of each template and data set, the best score first; those without one last."""
+    keys = [f"{t} / {d}" for t, d in zip(table["template"].values, table["data"].values, strict=True)]
+    for key in dict.fromkeys(keys):
+        some = table.isel(fit=[k == key for k in keys])
+        order = np.argsort(-some["score"].fillna(-np.inf).values, kind="stable")
+        yield key, some.isel(fit=order)
+
+
+def page(folder: Path) -> str:
+    """A page that says which fits of a study can be trusted, side by side."""
+    from scivi.analysis import skeleton
+    from scivi.analysis.page import TONE
+
+    manifest = Manifest.read(folder)
+    table = diagnostics(folder, manifest)
+    counts = {s: int((table["state"] == s).sum()) for s in dict.fromkeys(table["state"].values)}
+    body = []
+    head = ("verdict", "score", "plan", "prior", "seed", "steps", "seconds", "why")
+    top = "".join(f"<th>{name}</th>" for name in head)
+    for key, some in ranked(table):
+        best = float(some["score"].max())
+        lines = []
+        for k in range(some.sizes["fit"]):
+            fit = some.isel(fit=k)
+            word = str(fit["verdict"].item()) or str(fit["state"].item())
+            tone = {"good": "pass", "care": "warn", "bad": "fail"}.get(TONE.get(word, ""), "mute")
+            link = f"fits/{fit['fit'].item()}/report.html"
+            shown = f'<a href="{link}">{escape(word)}</a>' if (folder / link).exists() else escape(word)
+            why = str(fit["why"].item()) or ": ".join(
+                filter(None, (str(fit["cause"].item()), str(fit["message"].item())))
+            )
+            score = float(fit["score"])
+            cells = [
+                f'<td class="mark {tone}">{shown}</td>',
+                f'<td class="n">{_score(score, best, float(fit["score_se"]))}</td>',
+                *(f"<td>{escape(str(fit[n].item()))}</td>" for n in VARIANTS),
+                *(f'<td class="n">{_whole(float(fit[n]))}</td>' for n in ("steps", "wall_s")),
+                f'<td class="soft">{escape(why).replace(chr(10), "<br>")}</td>',
+            ]
+            lines.append(f"<tr>{''.join(cells)}</tr>")
+        body.append(
+            f'<h2>{escape(key)}</h2><div class="scroll"><table><tr>{top}</tr>{"".join(lines)}</table></div>'
+        )
+    told = ", ".join(f"{n} {state}" for state, n in counts.items())
+    note = "Score: expected log density of held-out entries in nats, with its standard error, less the best."
+    return skeleton.PAGE.substitute(
+        title=escape(manifest.name),
+        verdict="study",
+        style=skeleton.STYLE,
+        subtitle=escape(f"{len(manifest.rows)} fits: {told}. {note}"),
+        body="".join(body),
+    )
+
+
+def _score(value: float, best: float, error: float) -> str:
+    if not np.isfinite(value):
+        return ""
+    return f"{value:.1f} ± {error:.1f}" if value == best else f"{value - best:+.1f} ± {error:.1f}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}" if np.isfinite(value) else ""
+
+
+assert set(VARIANTS) < set(AXES)
