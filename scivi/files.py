@@ -19,9 +19,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except OSError:  # a full disk, say: what was written would fill it further
-        aside.unlink(missing_ok=True)
-        raise
+    finally:
+        aside.unlink(missing_ok=True)  # on a full disk, say, it would fill it further
     sweep(path.parent, glob.escape(path.name))
 
 

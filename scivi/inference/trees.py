@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -81,12 +83,27 @@ def save_tree(found: xr.DataTree | xr.Dataset, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
-    if path.suffix == ".zarr":
-        found.to_zarr(aside, mode="w", zarr_format=ZARR)
-    else:
-        found.to_netcdf(aside, engine="h5netcdf")
-    _put(aside, path)
+    try:
+        if path.suffix == ".zarr":
+            found.to_zarr(aside, mode="w", zarr_format=ZARR)
+        else:
+            found.to_netcdf(aside, engine="h5netcdf")
+        _put(aside, path)
+    except RuntimeError as error:  # as which HDF5 tells of a full disk
+        if number := re.search(r"errno = (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
+    finally:
+        _remove(aside)
     return path
+
+
+def _remove(aside: Path) -> None:
+    """What a failed write has left."""
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink(missing_ok=True)
 
 
 def _aside(path: Path) -> Path:

@@ -20,6 +20,7 @@ from scivi.studies.folder import ENDED, STATES, Standing, standings
 from scivi.studies.gather import diagnostics, page, ranked
 from scivi.studies.gather import gather as gathered
 from scivi.studies.manifest import Manifest, expanded
+from scivi.studies.task import AGAIN
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,8 +73,12 @@ def run(
             if console.is_terminal:
                 live.update(_table(standings(out, manifest)), refresh=True)
 
-        if rows:
-            executors.local(jobs, look)(out, manifest, rows)
+        try:
+            if rows:
+                executors.local(jobs, look)(out, manifest, rows)
+        except KeyboardInterrupt:
+            typer.echo("Stopped; the same command goes on.", err=True)
+            raise typer.Exit(AGAIN) from None
     if gather:
         typer.echo(str(gathered(out)))
     if not quiet:

@@ -55,7 +55,8 @@ def local(jobs: int = 1, look: Callable[[], None] = lambda: None) -> Executor:
             def start() -> subprocess.Popen[bytes]:
                 return subprocess.Popen(call, env=environment, stdout=out, stderr=out, start_new_session=True)
 
-            workers = [start() for _ in range(min(jobs, max(1, len(rows))))]
+            workers = [start() for _ in range(min(jobs, len(rows)))]
+            most = len(rows) * (manifest.retries + 1)  # restarts: a full disk would ask for more and more
             while workers:
                 if stopped:
                     for worker in workers:
@@ -67,9 +68,12 @@ def local(jobs: int = 1, look: Callable[[], None] = lambda: None) -> Executor:
                 look()
                 gone = [w for w in workers if w.poll() is not None]
                 workers = [w for w in workers if w.poll() is None]
-                for _ in gone:  # of a killed one the fit has counted an attempt, so that this ends
-                    if unfinished(folder, manifest):
+                for _ in gone:
+                    if unfinished(folder, manifest) and most > 0:
                         workers.append(start())
+                        most -= 1
+        if left := unfinished(folder, manifest):
+            raise StudyError(f"{len(left)} fits could not be ended; {log / 'local.txt'} says why.")
 
     return execute
 

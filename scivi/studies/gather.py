@@ -1,6 +1,6 @@
 """What the fits of a study have found, side by side: one tree, and one table of diagnostics and verdicts.
 
-    /                        diagnostics: a fit along "fit", with the study's axes as coordinates
+    /diagnostics             one entry for each fit along "fit", the study's axes as coordinates
     /<template>/<data>       posteriors, dims (plan, prior, seed, chain, draw, ...)
 
 Written fit by fit: memory does not grow with their number. Loads no torch.
@@ -90,7 +90,8 @@ def gather(folder: Path, to: Path | None = None) -> Path:
     aside = to.with_name(f".{to.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        diagnostics(folder, manifest).to_zarr(aside, mode="w", consolidated=False, zarr_format=_ZARR)
+        table = diagnostics(folder, manifest)
+        table.to_zarr(aside, group="diagnostics", mode="w", consolidated=False, zarr_format=_ZARR)
         for group, fits in _groups(folder, manifest).items():
             _write_group(aside, group, fits, folder)
         import zarr

@@ -38,6 +38,7 @@ from scivi.studies.job import run
 from scivi.studies.manifest import Manifest, Row
 
 AGAIN = 75  # "try again" in sysexits.h
+KEPT = ("stopped", "steps", "wall_s", "verdict", "why", "score", "score_se")  # of what a fit tells
 LOOK_S = 5.0  # whoever looks at the state of a fit holds its lock for a moment
 
 
@@ -60,47 +61,47 @@ def run_row(
     Returns:
         "done" or "failed"; "busy" if another process runs it; "again" if a signal or the machine stopped it.
     """
-    fit = place(folder, row)
-    with claimed(fit, wait_s) as mine:
-        if not mine:
-            return "busy"
-        if ended := told(fit / "result.json"):
-            return ended["state"]
-        attempt = _begun(told(fit / "attempt.json"))
-        if attempt["number"] > manifest.retries + 1:
-            message = f"begun {attempt['number'] - 1} times, and the process was gone each time"
-            return _end(fit, {**attempt, "number": attempt["number"] - 1}, "machine", message)
-        write_json(fit / "attempt.json", attempt)
-        try:
-            with _stopping():
-                summary = run(row.job, fit, resume=True, report=manifest.report, progress=progress)
-                if summary["stopped"] != "signal":
-                    summary |= _score(Path(summary["posterior"]))
-        except (Stopped, KeyboardInterrupt):
-            summary = {"stopped": "signal"}
-        except FitError as error:
-            return _end(fit, attempt, "diverged", str(error))
-        except SciVIError as error:
-            return _end(fit, attempt, type(error).__name__, str(error))
-        except (OSError, MemoryError) as error:
-            if attempt["number"] > manifest.retries:
-                return _end(fit, attempt, "machine", f"{type(error).__name__}: {error}")
-            traceback.print_exc()
-            return "again"
-        except BaseException as error:
-            _end(fit, attempt, type(error).__name__, f"{error}; the log has where")
-            raise
-        if summary["stopped"] == "signal":
-            write_json(fit / "attempt.json", {**attempt, "stopped": True})
-            return "again"
-        if summary["stopped"] == "diverged":
-            return _end(fit, attempt, "diverged", "the objective is not finite")
-        kept = {
-            k: v
-            for k, v in summary.items()
-            if k in ("stopped", "steps", "wall_s", "verdict", "why", "score", "score_se")
-        }
-        return _end(fit, {**attempt, **kept})
+    try:
+        with claimed(place(folder, row), wait_s) as mine:
+            return _run(place(folder, row), manifest, row, progress) if mine else "busy"
+    except OSError:  # not even that could be written down
+        traceback.print_exc()
+        return "again"
+
+
+def _run(fit: Path, manifest: Manifest, row: Row, progress: bool) -> str:
+    if ended := told(fit / "result.json"):
+        return ended["state"]
+    attempt = _begun(told(fit / "attempt.json"))
+    if attempt["number"] > manifest.retries + 1:
+        times = attempt["number"] - 1
+        message = f"begun {times} times, and the process was gone each time"
+        return _end(fit, {**attempt, "number": times}, "machine", message)
+    write_json(fit / "attempt.json", attempt)
+    try:
+        with _stopping():
+            summary = run(row.job, fit, resume=True, report=manifest.report, progress=progress)
+            if summary["stopped"] != "signal":
+                summary |= _score(Path(summary["posterior"]))
+    except (Stopped, KeyboardInterrupt):
+        summary = {"stopped": "signal"}
+    except FitError as error:
+        return _end(fit, attempt, "diverged", str(error))
+    except SciVIError as error:
+        return _end(fit, attempt, type(error).__name__, str(error))
+    except (OSError, MemoryError) as error:
+        if attempt["number"] > manifest.retries:
+            return _end(fit, attempt, "machine", f"{type(error).__name__}: {error}")
+        traceback.print_exc()
+        return "again"
+    except BaseException as error:
+        _end(fit, attempt, type(error).__name__, f"{error}; the log has where")
+        raise
+    if summary["stopped"] == "signal":
+        write_json(fit / "attempt.json", {**attempt, "stopped": True})
+        return "again"
+    kept = {name: summary[name] for name in KEPT if name in summary}
+    return _end(fit, {**attempt, **kept})
 
 
 def _begun(before: Mapping[str, Any]) -> dict[str, Any]:
