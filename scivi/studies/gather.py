@@ -8,8 +8,11 @@ Written fit by fit: memory does not grow with their number. Loads no torch.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -87,8 +90,8 @@ def gather(folder: Path, to: Path | None = None) -> Path:
     """
     manifest = Manifest.read(folder)
     to = folder / "gathered.zarr" if to is None else to
-    aside = to.with_name(f".{to.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    aside = to.with_name(f".{to.name}.{os.getpid()}.part")  # two may gather at the same time
     try:
         table = diagnostics(folder, manifest)
         table.to_zarr(aside, group="diagnostics", mode="w", consolidated=False, zarr_format=_ZARR)
@@ -98,16 +101,29 @@ def gather(folder: Path, to: Path | None = None) -> Path:
 
         zarr.consolidate_metadata(str(aside), zarr_format=_ZARR)
         if to.suffix == ".nc":
+            whole = aside.with_suffix(".nc")
             with xr.open_datatree(aside, engine="zarr", chunks=None) as tree:
-                tree.to_netcdf(whole := aside.with_suffix(".nc"), engine="h5netcdf")
+                tree.to_netcdf(whole, engine="h5netcdf")
             whole.replace(to)
         else:
-            if to.exists():
-                shutil.rmtree(to)
-            aside.replace(to)
+            _put(aside, to)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return to
+
+
+def _put(aside: Path, to: Path) -> None:
+    """Give a finished folder its place, from which an older one steps aside first."""
+    old = aside.with_suffix(".old")
+    while aside.exists():
+        with suppress(FileNotFoundError):
+            to.replace(old)
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            aside.replace(to)
+        except OSError as error:  # whoever gathers at the same time was there first
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def _groups(folder: Path, manifest: Manifest) -> dict[str, list[Standing]]:
