@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from scivi.inference.state import write_atomically
+from scivi.files import write_atomically
+
+CLOCKED = frozenset({"wall_s", "loader_share"})  # of the history, what a clock tells: no two fits share it
 
 
 @runtime_checkable
 class Recorder(Protocol):
     """Takes one entry of the history at a time.
 
-    Wrap TensorBoard, MLflow or any other tracker in these two methods.
+    ``scivi.inference.trackers`` has TensorBoard, MLflow and Prometheus; wrap any other tracker in these two
+    methods.
     """
 
     def write(self, entry: Mapping[str, float]) -> None:
@@ -69,11 +72,52 @@ class Guarded:
             return
         try:
             self._recorder.write(entry)
-        except (OSError, RuntimeError, ValueError, ConnectionError) as error:
-            self._recorder = None
-            warnings.warn(f"the recorder failed ({error}); the fit goes on without it.", stacklevel=2)
+        except (OSError, RuntimeError, ValueError) as error:
+            self._failed(error)
 
     def close(self) -> None:
-        """Pass it on."""
-        if self._recorder is not None:
+        """Pass it on; the fit has its result, so that this too may fail."""
+        if self._recorder is None:
+            return
+        try:
             self._recorder.close()
+        except (OSError, RuntimeError, ValueError) as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        name, self._recorder = type(self._recorder).__name__, None
+        warnings.warn(f"the recorder {name} failed ({error}); the fit goes on without it.", stacklevel=3)
+
+
+class Several:
+    """Recorders that all take every entry; one that fails is left out from then on, with one warning."""
+
+    def __init__(self, *recorders: Recorder) -> None:
+        self._recorders = [Guarded(recorder) for recorder in recorders]
+
+    def write(self, entry: Mapping[str, float]) -> None:
+        """Pass an entry on to each."""
+        for recorder in self._recorders:
+            recorder.write(entry)
+
+    def close(self) -> None:
+        """Pass it on to each."""
+        for recorder in self._recorders:
+            recorder.close()
+
+
+def recorder_for(
+    record: str | Path | Recorder | Sequence[str | Path | Recorder] | None,
+    history: Sequence[Mapping[str, float]] | None,
+) -> Several:
+    """What ``fit(record=...)`` means, as one recorder that does not fail.
+
+    Args:
+        record: a file for JSON lines, a recorder, several of these, or None.
+        history: of a fit that goes on, with which its files begin; None of one that begins.
+    """
+    if record is None:
+        wanted = []
+    else:
+        wanted = [record] if isinstance(record, str | Path | Recorder) else [*record]
+    return Several(*[JsonLines(r, history) if isinstance(r, str | Path) else r for r in wanted])
