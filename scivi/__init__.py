@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from scivi import analysis, errors, models
     from scivi.inference.draws import draw, predict
     from scivi.inference.loop import fit, train
+    from scivi.inference.many import fit_many
     from scivi.inference.nuts import nuts
     from scivi.inference.plan import Plan
     from scivi.inference.simulate import simulate
@@ -32,6 +33,7 @@ __all__ = [
     "draw",
     "errors",
     "fit",
+    "fit_many",
     "load",
     "models",
     "nuts",
@@ -49,6 +51,7 @@ _HOMES = {
     "simulate": "scivi.inference.simulate",
     "check": "scivi.laws",
     "fit": "scivi.inference.loop",
+    "fit_many": "scivi.inference.many",
     "train": "scivi.inference.loop",
     "draw": "scivi.inference.draws",
     "predict": "scivi.inference.draws",

@@ -138,6 +138,10 @@ def fit(
         ),
     ] = None,
     report: Annotated[bool, typer.Option(help="Write report.html and figures.")] = True,
+    track: Annotated[
+        list[str],
+        _repeated("--track", "TRACKER", "tensorboard, mlflow or prometheus; =PLACE if not in --out."),
+    ],
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if any.")
     ] = False,
@@ -150,7 +154,7 @@ def fit(
     how = _changes(setting, ctx.params)
     base = None if plan is None else Plan.from_toml(plan).to_dict()
     job = _job(template, data, prior, dim, column, select, make, plan=how, base=base, draws=draws)
-    beside: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "report": report}
+    beside: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "report": report, "track": track}
     summary = jobs.run(job, out, **beside, progress=not quiet)
     if summary["stopped"] == "signal":
         _tell({**summary, "next": "the same command with --resume"}, as_json, quiet)
@@ -346,6 +350,19 @@ def info(
     if not path.exists():
         raise DataError(f'there is no "{path}".')
     _tell(_described(path), as_json, quiet=False)
+
+
+@app.command(epilog="\b\nExample:\n  scivi watch results")
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a fit, or of many at any depth.")],
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Show them once.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Follow fits by their histories in the terminal. Works without torch."""
+    from scivi.watch import watch as watched
+
+    watched(folder, once=once, interval=interval)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from scivi.errors import DataError
 from scivi.inference.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("fit", "draw", "predict", "nuts", "simulate", "report", "check", "info")
+COMMANDS = ("fit", "draw", "predict", "nuts", "simulate", "report", "check", "info", "study", "watch")
 
 TEMPLATES = """
 from dataclasses import dataclass

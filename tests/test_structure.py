@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "scivi.errors": 1,
     "scivi.files": 1,
+    "scivi.watch": 2,
     "scivi.inputs": 2,
     "scivi.ode": 2,
     "scivi.analysis": 2,
@@ -100,7 +101,7 @@ FORBIDDEN = {
 DYNAMIC_IMPORTS = {"scivi", "scivi.cli", "scivi.inference.state"}
 
 # Import name -> distribution, where the two differ.
-DISTRIBUTIONS = {"pyro": "pyro-ppl", "libsbml": "python-libsbml"}
+DISTRIBUTIONS = {"pyro": "pyro-ppl", "libsbml": "python-libsbml", "mlflow": "mlflow-skinny"}
 
 
 @dataclass(frozen=True)
@@ -435,7 +436,7 @@ def test_public_names_are_the_promised_ones():
     import scivi
 
     nouns = {"Field", "Template", "Plan", "Fit"}
-    verbs = {"simulate", "check", "fit", "train", "draw", "predict", "nuts", "save", "load"}
+    verbs = {"simulate", "check", "fit", "fit_many", "train", "draw", "predict", "nuts", "save", "load"}
     assert set(scivi.__all__) == nouns | verbs | {"models", "analysis", "errors"}
     assert all(getattr(scivi, name) is not None for name in scivi.__all__)
     with pytest.raises(AttributeError, match='has no attribute "Model"'):
@@ -463,12 +464,14 @@ def test_every_public_call_leaves_the_param_store_empty(tmp_path):
         dims={"level": ()},
     )
     table = xr.Dataset({"y": ("row", np.linspace(-1.0, 1.0, 12))})
+    stars = xr.Dataset({"y": (("star", "row"), np.linspace(-1.0, 1.0, 24).reshape(2, 12))})
     plan = scivi.Plan(steps=20, rows_per_batch=4, log_every=5)
     fit = scivi.fit(template, table, plan)
     calls = {
         "simulate": lambda: scivi.simulate(template, {"row": 5}, seed=0),
         "check": lambda: scivi.check(template, like=table, seed=0),
         "fit": lambda: scivi.fit(template, table, plan),
+        "fit_many": lambda: scivi.fit_many(template, stars, "star", scivi.Plan(steps=20, log_every=5)),
         "train": lambda: list(scivi.train(template, table, plan)),
         "draw": lambda: scivi.draw(fit, table, draws=10, seed=0),
         "predict": lambda: scivi.predict(fit, table, draws=10, seed=0),

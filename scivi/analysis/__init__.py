@@ -8,6 +8,7 @@ from scivi.analysis.calibration import coverage, ranks, sbc, uniform_band
 from scivi.analysis.comparison import compare, summary
 from scivi.analysis.convergence import collapse, contraction, plateau, restarts
 from scivi.analysis.drift import drift
+from scivi.analysis.each import each
 from scivi.analysis.plots import (
     plot_catalogue,
     plot_comparison,
@@ -26,6 +27,7 @@ __all__ = [
     "contraction",
     "coverage",
     "drift",
+    "each",
     "loo",
     "pit",
     "pit_values",

@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from scivi.errors import Unsupported
 
+FILLS = {  # operations that fill a tensor with random numbers, and how they do so in place
+    torch.ops.aten.normal_functional.default: torch.ops.aten.normal_.default,
+    torch.ops.aten.uniform.default: torch.ops.aten.uniform_.default,
+    torch.ops.aten.exponential.default: torch.ops.aten.exponential_.default,
+    torch.ops.aten.cauchy.default: torch.ops.aten.cauchy_.default,
+    torch.ops.aten.log_normal.default: torch.ops.aten.log_normal_.default,
+    torch.ops.aten.geometric.default: torch.ops.aten.geometric_.default,
+}
 Function = Callable[..., Sequence[Tensor]]
 WORTH_THREADS = 2**22  # of ``work_of``: a millisecond or more (our choice, measured)
 COMMON: dict[str, Any] = {"fallback_random": True}  # torch's own random numbers, as an eager run draws them
@@ -65,6 +74,37 @@ def captured(function: Function, examples: Sequence[Tensor], *, owned: Iterable[
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def stacked(graph: GraphModule, shared: Sequence[bool]) -> Function:
+    """The function of a captured graph for many sets of arguments at once, each with its own random numbers.
+
+    Args:
+        graph: of one set of arguments.
+        shared: by argument, whether all sets have it in common; the others are stacked along a new first
+            axis, as all results are. The first argument is stacked.
+
+    Notes:
+        ``vmap`` (torch 2.13) fills a tensor that is the same for all sets with the same random numbers for
+        all, and one that is not set by set; both in the functional form that a captured graph has. So these
+        operations are given a tensor that depends on the set, to be filled in place, which it does at once.
+    """
+    made = GraphModule(graph, deepcopy(graph.graph))
+    own = next(iter(made.graph.nodes))
+    for node in list(made.graph.nodes):
+        if node.target is torch.ops.aten.slice_scatter.default:  # "to the end" overflows in vmap
+            value, source, dim, start, end, *step = node.args
+            node.args = (value, source, dim, start, min(end, value.meta["val"].shape[dim]), *step)
+        if node.target not in FILLS:
+            continue
+        with made.graph.inserting_before(node):
+            total = made.graph.call_function(torch.ops.aten.sum.default, (own,))
+            given = node.args[0].meta["val"]
+            knobs = {"dtype": given.dtype, "pin_memory": False}
+            fresh = made.graph.call_function(torch.ops.aten.new_empty.default, (total, given.shape), knobs)
+        node.target, node.args = FILLS[node.target], (fresh, *node.args[1:])
+    made.recompile()
+    return torch.func.vmap(made, tuple(None if one else 0 for one in shared), randomness="different")
 
 
 def _traced(function: Function, examples: Sequence[Tensor]) -> GraphModule:

@@ -1,4 +1,7 @@
-"""``draw`` and ``predict``: a fit and data become a labelled posterior, rows in chunks."""
+"""``draw`` and ``predict``: a fit and data become a labelled posterior, rows in chunks.
+
+Longer than 400 lines because all that is told of a chunk of rows is worked out in one place.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,10 @@ from scivi.inference.gather import (
 from scivi.inference.loop import open_data
 from scivi.inference.refine import Refined, refine_rows
 from scivi.inference.scores import Placed, particle_plate, quiet
+from scivi.inference.shards import collector
 from scivi.inference.state import Fit
-from scivi.inference.trees import SAMPLED, Named, Pieces, plain_labels, units_of
+from scivi.inference.team import Team
+from scivi.inference.trees import SAMPLED, Named, plain_labels, units_of
 from scivi.inputs.batches import Batch, chunks, read_batch
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.sites import row_dim_of, sample_sites
@@ -82,6 +87,10 @@ def draw(
     Notes:
         A guide draws one value of the globals for each draw and every row follows it. Time grows with
         rows x draws.
+
+        Inside a process group of ``torch.distributed``, and with a .zarr to write to, the processes share the
+        rows: all call it alike. Each chunk of rows has its own random stream, so that the draws are those of
+        one process. Without a .zarr each works out all of it, and the first writes.
     """
     fits = [fit] if isinstance(fit, Fit) else list(fit)
     if not fits:
@@ -93,16 +102,21 @@ def draw(
         _check_labels(one, source)
     chains = [_Chain(one, draws, stream_seed(seed + k, "draws")) for k, one in enumerate(fits)]
     units = units_of(template)
-    with Pieces(template.row_dims[0], _coords(fits, source, draws), units, to) as pieces:
+    ours, pieces = collector(template.row_dims[0], _coords(fits, source, draws), units, to)
+    with pieces:
         first, *others = template.row_dims
-        for number, (rows, batch) in enumerate(_chunks(fits, source, draws, first)):
+        for number, rows, batch in _chunks(fits, source, draws, first, ours):
             found = [chain.rows(batch, number, refine, predictive) for chain in chains]
             pieces.add(rows, {**_stacked(found), **_data(template, source, rows)})
         for k, row in enumerate(others, 1):
-            for number, (_, batch) in enumerate(_chunks(fits, source, draws, row)):
+            for number, _, batch in _chunks(fits, source, draws, row, ours):
                 for chain in chains:
                     chain.add_density(batch, row, k * MOST_CHUNKS + number)
-        pieces.add(None, {"sample_stats": _totals(chains, source)})
+        pieces.add(None, {})  # a process that has no rows meets the others here
+        for chain in chains:
+            chain.add_up(ours)
+        if ours.rank == 0:
+            pieces.add(None, {"sample_stats": _totals(chains, source)})
         history = [f.history for f in fits]
         whole = {"prior": prior_draws(fits[0].bound, draws, seed, pieces.coords, units)}
         whole["history"] = history[0] if len(history) == 1 else xr.concat(history, "chain", join="outer")
@@ -160,20 +174,24 @@ def _coords(fits: Sequence[Fit], source: Any, draws: int) -> dict[str, np.ndarra
     return coords | {d: np.asarray(labels) for d, labels in template.coords.items()}
 
 
-def _chunks(fits: Sequence[Fit], source: Any, draws: int, row: str) -> Iterator[tuple[slice, Batch]]:
+def _chunks(
+    fits: Sequence[Fit], source: Any, draws: int, row: str, ours: Team
+) -> Iterator[tuple[int, slice, Batch]]:
     """The rows along a dim, some at a time, and where they stand, with one row of every other row dim.
 
-    All at once for a guide with a factor for each row.
+    Numbered; of several processes each has its share. All at once for a guide with a factor for each row.
     """
     bound = fits[0].bound
     template, some = bound.template, next(iter(bound.example.values.values()))
     n = source.sizes[row]
     size = rows_at_once(bound, row, draws) if all(f.bound.amortised for f in fits) else n
     others = {d: np.arange(1) for d in template.row_dims if d != row and source.sizes[d] > 1}
-    for start in range(0, n, size):
+    for number, start in enumerate(range(0, n, size)):
+        if number % ours.size != ours.rank:
+            continue
         index = others if size >= n else {**others, row: np.arange(start, min(n, start + size))}
         batch = read_batch(source, template.fields, template.row_dims, index, some)
-        yield slice(start, min(n, start + size)), batch
+        yield number, slice(start, min(n, start + size)), batch
 
 
 def _stacked(found: Sequence[Groups]) -> Groups:
@@ -287,6 +305,12 @@ class _Chain:
             guide, model = _run_model(bound, batch, guide, draws)
             self.log_joint = self.log_joint + _numpy(density(bound, model, batch, row, rows_only=True))
             self.log_guide = self.log_guide + _numpy(density(bound, guide, batch, row, rows_only=True))
+
+    def add_up(self, ours: Team) -> None:
+        """Add up the densities of the rows that several processes have."""
+        if ours.size > 1:
+            both = np.stack([np.broadcast_to(v, (self.draws,)) for v in (self.log_joint, self.log_guide)])
+            self.log_joint, self.log_guide = ours.total(torch.from_numpy(both)).numpy()
 
     def global_weights(self, source: Any) -> np.ndarray | None:
         """Log importance weights of the globals, all rows integrated; None where that is no use."""

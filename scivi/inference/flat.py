@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from scivi.errors import Unsupported
+from scivi.inference.objective import Objective
 from scivi.inference.state import State
+from scivi.inputs.batches import Batch
 
 
 class Flat:
@@ -102,3 +104,33 @@ class Flat:
             return lr, 1.0
         beta1, beta2, _ = self.numbers
         return lr / (1 - beta1 ** (step + 1)), (1 - beta2 ** (step + 1)) ** 0.5
+
+    def step(
+        self, objective: Objective, batch: Batch, own: list[Tensor], numbers: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """One step as a function of tensors alone.
+
+        Args:
+            objective: of the fit; with its plan's clipping.
+            batch: the rows.
+            own: flat tensors and buffers, as ``read`` gives them.
+            numbers: step length, Adam's root and KL weight, (3,).
+
+        Returns:
+            The new flat tensors and buffers; and objective, its square, gradient norm, parts and 1, as a
+            window takes them in.
+        """
+        length, root, beta = numbers.unbind()
+        buffers = [b.clone() for b in own[self.n_flat :]]
+        leaf = own[0].detach().requires_grad_(True)
+        value = objective.bound.holding(
+            self.held(leaf, buffers), lambda: objective.evaluate(batch, beta.to(self.dtype))
+        )
+        (gradient,) = torch.autograd.grad(value.loss, leaf)
+        norm = gradient.norm()
+        if objective.plan.clip is not None:  # as torch's clip_grad_norm_
+            gradient = gradient * (objective.plan.clip / (norm + 1e-6)).clamp(max=1.0)
+        nats = value.objective
+        entries = [nats, nats.square(), norm, *value.parts.values(), torch.ones_like(nats)]
+        told = torch.stack([e.detach().double().reshape(()) for e in entries])
+        return [*self.moved(own, gradient, length, root), *buffers], told

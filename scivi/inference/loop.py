@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +27,13 @@ from scivi.inference.objective import Objective, prepare
 from scivi.inference.passes import Passes
 from scivi.inference.plan import Plan
 from scivi.inference.polish import polish
-from scivi.inference.recorder import Guarded, JsonLines, Recorder
+from scivi.inference.recorder import Recorder, recorder_for
 from scivi.inference.scores import quiet
 from scivi.inference.state import Fit, State, freeze, load_state, new_state, save_state, versions
 from scivi.inference.step import diagnose, is_finite, read_window, signal_to_noise
 from scivi.inference.stepper import stepper_for
+from scivi.inference.stopping import levelled
+from scivi.inference.team import team
 from scivi.inference.trees import plain_labels
 from scivi.inputs.batches import Batch, chunks, read_batch
 from scivi.inputs.feed import Feed
@@ -48,6 +50,7 @@ FINISH_ROWS = (
 FINISH_NODES = 2**15  # rows x nodes of the curvature, where nodes are few (our choice, likewise)
 MOST_FINE_NODES = 2**22  # rows x fine nodes of the finish (our choice: a second, 100 MB at a time)
 NODES_AT_A_TIME = 2**18  # rows x nodes held at once
+_SEEN_DRAWS = 16  # as many rows at once as of so many draws: a pass that only compares needs no more
 FEWEST_NODES = 8  # as which fewer count: a row has numbers of its own
 
 
@@ -100,7 +103,8 @@ def device_of(plan: Plan) -> torch.device:
 
 def begin(template: Template, source: Any, plan: Plan) -> State:
     """The state of a fit before its first step."""
-    device, dtype = device_of(plan), getattr(torch, plan.dtype)
+    ours = team()
+    device, dtype = ours.device(device_of(plan)), getattr(torch, plan.dtype)
     feed = Feed(
         source,
         template.fields,
@@ -110,9 +114,10 @@ def begin(template: Template, source: Any, plan: Plan) -> State:
         device,
         dtype,
         plan.resident_bytes,
+        share=(ours.rank, ours.size),
     )
     example = next(chunks(source, template.fields, template.row_dims, EXAMPLE_ROWS, device, dtype))
-    return new_state(bind(template, example, plan.seed), feed, plan)
+    return new_state(bind(template, example, plan.seed), feed, plan, ours)
 
 
 @contextmanager
@@ -143,10 +148,19 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
 
     Raises:
         DataError, TemplateError, PlanError: before the first step.
-        FitError: it diverged more often than ``plan.restarts`` allows; ``state`` is the last good one.
+        FitError: it diverged more often than ``plan.restarts`` allows; ``state`` is the last good one. Or
+            another process of the fit is gone.
+
+    Notes:
+        Inside a process group of ``torch.distributed`` it is one of the processes of one fit: all of them
+        call it alike, and all are told the same.
     """
     source = open_data(template, data)
     state = begin(template, source, plan) if state is None else state
+    if state.team.size > 1:
+        taken_up = {"checkpoint": [state.step, state.feed.state()]}
+        state.team.agree({**identity_of(template, source, plan), **taken_up})
+    state.team.follow(state.bound.nets)
     if not state.learns:
         state.stopped = "nothing to learn"
         return
@@ -154,7 +168,7 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
         objective = prepare(state.bound, state.bound.example, plan)
         if objective.estimator == "marginal" and plan.newton:
             if state.step == 0:
-                _newton_start(state, source, plan)
+                _by_first(state, lambda: _newton_start(state, source, plan))
             if "start" in state.finish and _globals_alone(state.bound):  # the finish finds them: few steps do
                 plan = replace(plan, steps=min(plan.steps, plan.log_every))
                 state.finish["alone"] = True
@@ -163,10 +177,11 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
         state.good = state.pack()
     while not (state.stopped or _ended(state, plan)):
         begun, first = time.perf_counter(), state.step
+        state.team.deadline = begun + plan.save_every_s
         with _sampling(state):
             while not (_ended(state, plan) or state.stopped):
                 stepper.take(state, _room(state, plan))
-                if state.step % plan.log_every == 0 or time.perf_counter() - begun > plan.save_every_s:
+                if state.step % plan.log_every == 0 or state.team.due:
                     break
             stepper.settle(state)
         state.engine = stepper.told
@@ -186,6 +201,14 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
         state.stopped = "plateau" if state.decay_from is not None else "steps"
 
 
+def _by_first(state: State, work: Callable[[], None]) -> None:
+    """Let the first process work on the globals, and the others take over what it has found."""
+    if state.team.rank == 0:
+        work()
+    state.team.follow(state.bound.nets)
+    state.finish = state.team.told(state.finish)
+
+
 def _room(state: State, plan: Plan) -> int:
     """Steps until the next entry of the history, or the end."""
     last = plan.steps
@@ -202,6 +225,7 @@ def _ended(state: State, plan: Plan) -> bool:
 
 def _log(state: State, plan: Plan, now: Mapping[str, float]) -> None:
     rows = state.feed.size_of(state.bound.template.row_dims[0])
+    since = state.history[-1]["wall_s"] if state.history else 0.0
     extra = {
         "step": state.step,
         "lr": state.lr_factor * plan.lr_at(state.step - 1, state.decay_from, state.decay_steps),
@@ -209,6 +233,7 @@ def _log(state: State, plan: Plan, now: Mapping[str, float]) -> None:
         "rows_per_batch": rows or state.feed.sizes[state.bound.template.row_dims[0]],
         "signal_to_noise": signal_to_noise(state.optimiser),
         "wall_s": state.wall_s,
+        "loader_share": min(1.0, state.feed.waited() / (state.wall_s - since)),
     }
     state.history.append({**extra, **now})
 
@@ -224,27 +249,11 @@ def _consider(state: State, plan: Plan) -> None:
         and latest["signal_to_noise"] < plan.grow_below
     ):
         state.feed.rows_per_batch = min(2 * size, plan.rows_per_batch_max)
-    rule = plan.stop
-    if rule is None or state.decay_from is not None or state.step < max(rule.min_steps, 2 * rule.window):
+    if plan.stop is None or state.decay_from is not None:
         return
-    window = max(rule.window, state.step // 4)
-    recent = [e for e in state.history if e["step"] > state.step - window]
-    before = [e for e in state.history if state.step - 2 * window < e["step"] <= state.step - window]
-    if not recent or not before:
-        return
-    error = sum(_standard_error(part) ** 2 for part in (recent, before)) ** 0.5
-    too_noisy = error > 2 * rule.least
-    if not too_noisy and _mean(before) - _mean(recent) < max(rule.tolerance * error, rule.least):
+    told = ("step", "objective", "objective_sd", "window_steps")
+    if levelled(plan.stop, *(np.array([e[name] for e in state.history]) for name in told)):
         state.decay_from, state.decay_steps = state.step, state.step  # as long again
-
-
-def _mean(entries: list[dict[str, float]]) -> float:
-    return float(np.average([e["objective"] for e in entries], weights=[e["window_steps"] for e in entries]))
-
-
-def _standard_error(entries: list[dict[str, float]]) -> float:
-    steps = sum(e["window_steps"] for e in entries)
-    return (sum(e["window_steps"] * e["objective_sd"] ** 2 for e in entries) / steps**2) ** 0.5
 
 
 def _go_back(
@@ -324,7 +333,7 @@ def fit(
     data: Any,
     plan: Plan | None = None,
     *,
-    record: str | Path | Recorder | None = None,
+    record: str | Path | Recorder | Sequence[str | Path | Recorder] | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -335,8 +344,9 @@ def fit(
         template: what to fit.
         data: AnnData, xarray, DataFrame, dict of arrays, or a path (.h5ad, .nc, .zarr, .csv, .ecsv, .fits).
         plan: how; ``Plan(**template.plan)`` if None, which is ``Plan()`` for most templates.
-        record: a file for the history as JSON lines, or a recorder. With ``resume`` the file becomes that of
-            this fit, what a killed run wrote after its last checkpoint taken back; without, it is added to.
+        record: a file for the history as JSON lines, a recorder, or several of either. With ``resume`` the
+            file becomes that of this fit, what a killed run wrote after its last checkpoint taken back;
+            without, it is added to.
         checkpoint: file to which the running fit is saved every ``plan.save_every_s`` seconds, whole or not
             at all.
         resume: go on from ``checkpoint`` if it exists.
@@ -352,43 +362,49 @@ def fit(
 
     Notes:
         On a signal to terminate (or Ctrl-C) it finishes its step, saves, and returns what it has.
+
+        Inside a process group of ``torch.distributed`` all processes call it alike and share every minibatch,
+        whose size stays ``plan.rows_per_batch``. Each returns the same fit; the first alone records, saves
+        and shows progress, and all read ``checkpoint``. Steps are not compiled then. A fit may be resumed by
+        another number of processes.
     """
     plan = plan or Plan.from_dict(template.plan)
     source = open_data(template, data)
     state = begin(template, source, plan)
-    identity = _identity(template, source, plan)
+    identity = identity_of(template, source, plan)
     path = None if checkpoint is None else Path(checkpoint)
     if resume and path is not None and path.exists():
         load_state(state, path, identity)
-    if isinstance(record, str | Path):
-        record = JsonLines(record, state.history if resume else None)
-    recorder = None if record is None else Guarded(record)
+    speaks = state.team.rank == 0
+    record, saves_to = (record, path) if speaks else (None, None)
+    recorder = recorder_for(record, state.history if resume else None)
     logged, saved = len(state.history), time.monotonic()
-    bar = tqdm(total=plan.steps, initial=state.step, disable=not progress, desc=template.name, unit="step")
+    shown = progress and speaks
+    bar = tqdm(total=plan.steps, initial=state.step, disable=not shown, desc=template.name, unit="step")
     try:
         with _signals(state):
             for now in train(template, source, plan, state=state):
                 bar.set_postfix(nats_per_row=f"{now.objective:.5g}", refresh=False)
                 bar.update(now.step - bar.n)
-                if recorder is not None:
-                    for entry in state.history[logged:]:
-                        recorder.write(entry)
+                for entry in state.history[logged:]:
+                    recorder.write(entry)
                 logged = len(state.history)
-                if path is not None and time.monotonic() - saved >= plan.save_every_s:
-                    save_state(state, path, identity)
+                if saves_to is not None and time.monotonic() - saved >= plan.save_every_s:
+                    save_state(state, saves_to, identity)
                     saved = time.monotonic()
-            if path is not None:
-                save_state(state, path, identity)
+            if saves_to is not None:
+                save_state(state, saves_to, identity)
             if state.learns and state.stopped != "signal":
                 bar.total = bar.n  # of steps: what is left is no step
                 bar.set_postfix_str("finishing the globals")
-                _finish(state, source, plan)
+                _by_first(state, lambda: _finish(state, source, plan))
+                if state.team.any(state.team.asked):  # too late for a step
+                    state.stopped = "signal"
     finally:
         bar.close()
         state.feed.close()
-        if recorder is not None:
-            recorder.close()
-    return _frozen(state, source, plan, identity)
+        recorder.close()
+    return frozen(state, source, plan, identity)
 
 
 @contextmanager
@@ -399,7 +415,10 @@ def _signals(state: State) -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
-        state.stopped = "signal"
+        if state.team.size > 1:  # the others have to stop at the same step
+            state.team.asked = True
+        else:
+            state.stopped = "signal"
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {}
@@ -451,7 +470,7 @@ def _rows_of(bound: Bound, source: Any, plan: Plan) -> marginal.Rows:
     return marginal.Rows(_spread_rows(source, bound, n), _spread_rows(source, bound, some), n / some)
 
 
-def _identity(template: Template, source: Any, plan: Plan) -> dict[str, Any]:
+def identity_of(template: Template, source: Any, plan: Plan) -> dict[str, Any]:
     """What a resumed fit must share with the one that was begun."""
     free = {"save_every_s", "device"}
     made = template.made and [template.made[0], dict(template.made[1])]
@@ -464,7 +483,8 @@ def _identity(template: Template, source: Any, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) -> Fit:
+def frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) -> Fit:
+    """The finished fit of a state that has taken its last step."""
     template = state.bound.template
     ended = {
         "stopped": state.stopped,
@@ -473,6 +493,7 @@ def _frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) 
         "restarts": state.restarts,
         "finish": state.finish,
         "engine": state.engine,
+        "processes": state.team.size,
         "estimator": prepare(state.bound, state.bound.example, plan).estimator if state.learns else None,
     }
     provenance = {
@@ -503,7 +524,7 @@ def _seen(state: State, source: Any) -> dict[str, torch.Tensor]:
     """Smallest and largest value of each field along the rows."""
     template, seen = state.bound.template, {}
     some = next(iter(state.bound.example.values.values()))
-    size = rows_at_once(state.bound, template.row_dims[0], 1)
+    size = rows_at_once(state.bound, template.row_dims[0], _SEEN_DRAWS)
     for batch in chunks(source, template.fields, template.row_dims, size, torch.device("cpu"), some.dtype):
         for name, declared in template.fields.items():
             axes = [i for i, d in enumerate(declared.dims) if d in template.row_dims]

@@ -156,7 +156,9 @@ class Plan:
             names = ", ".join(repr(name) for name in unknown)
             raise PlanError(f"a plan has no {names}. It has: {', '.join(sorted(known))}.")
         words = {"none", "all"}
-        plain = {k: None if isinstance(v, str) and v in words else v for k, v in table.items()}
+        plain: dict[str, Any] = {
+            k: None if isinstance(v, str) and v in words else v for k, v in table.items()
+        }
         return cls(**plain)
 
     @classmethod

@@ -5,11 +5,9 @@ Longer than 400 lines because the files of running and of finished fits are writ
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import importlib
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -29,7 +27,9 @@ from torch import Tensor, nn
 
 from scivi import __version__
 from scivi.errors import CheckpointError, TemplateError, listed
+from scivi.files import sweep, write_atomically
 from scivi.inference.plan import Plan
+from scivi.inference.team import Team
 from scivi.inputs.batches import Batch
 from scivi.inputs.feed import Feed
 from scivi.models.binding import Bound, bind, stream_seed
@@ -58,6 +58,7 @@ class State:
         stopped: why the fit ended; empty while it runs.
         engine: how steps are taken, and why so; of this run, not of the checkpoint.
         good: what ``pack`` told at the last entry of the history, to which a divergence goes back.
+        team: the processes that take its steps together.
     """
 
     bound: Bound
@@ -76,6 +77,7 @@ class State:
     stopped: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
     good: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+    team: Team = field(default_factory=Team)
 
     _PLAIN = (
         "step",
@@ -181,38 +183,6 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put a file in place whole, or not at all; what killed writers of the same file have left is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sweep(path.parent, glob.escape(path.name))
-
-
-def _sweep(folder: Path, name: str) -> None:
-    """Remove the unfinished writes of a file (a pattern) whose processes have ended."""
-    for left in folder.glob(f".{name}.*.part"):
-        writer = left.name.split(".")[-2]
-        if writer.isdecimal() and not _is_alive(int(writer)):
-            left.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    if os.name == "nt":  # there a signal 0 is Ctrl-C, so that nothing is asked and nothing removed
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # another user's; no number that a process has
-        return True
-    return True
 
 
 def save_state(state: State, path: str | Path, identity: Mapping[str, Any]) -> None:
@@ -394,7 +364,7 @@ def save(fit: Fit, directory: str | Path) -> Path:
     for old in directory.glob("tensors-*.safetensors"):
         if old.name != name:
             old.unlink()
-    _sweep(directory, "tensors-*.safetensors")  # their name is their content's: the next write has another
+    sweep(directory, "tensors-*.safetensors")  # their name is their content's: the next write has another
     return directory
 
 
@@ -459,8 +429,8 @@ def freeze(bound: Bound) -> Bound:
     return bound
 
 
-def new_state(bound: Bound, feed: Feed, plan: Plan) -> State:
-    """The state of a fit that has not taken a step."""
+def new_state(bound: Bound, feed: Feed, plan: Plan, team: Team | None = None) -> State:
+    """The state of a fit that has not taken a step, of this process alone if no others are named."""
     parameters = [p for p in bound.nets.parameters() if p.requires_grad]
     some = next(iter(bound.example.values.values()))
     if not parameters:
@@ -479,4 +449,4 @@ def new_state(bound: Bound, feed: Feed, plan: Plan) -> State:
     }
     generator = torch.Generator(device=some.device)
     generator.manual_seed(stream_seed(plan.seed, "sampling"))
-    return State(bound, makers[plan.optimiser](), feed, generator.get_state())
+    return State(bound, makers[plan.optimiser](), feed, generator.get_state(), team=team or Team())

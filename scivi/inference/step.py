@@ -1,4 +1,7 @@
-"""One update: objective, gradient, clipping, optimiser; sums are kept on the device."""
+"""One update: objective, gradient, clipping, optimiser; sums are kept on the device.
+
+Processes that share a fit average objective and gradient between them before the clipping.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from scivi.inference.objective import Objective, Value
 from scivi.inference.plan import Plan
 from scivi.inference.scores import log_prob
 from scivi.inference.state import State
+from scivi.inference.team import HEED, moving
 from scivi.inputs.batches import Batch
-from scivi.models.binding import Bound
+from scivi.models.binding import Bound, stream_seed
 from scivi.models.sites import sample_sites
 
 
@@ -26,10 +30,14 @@ def update(state: State, objective: Objective, plan: Plan) -> Value:
         objective: of the state's pair.
         plan: learning rate, clipping and KL weight are read.
     """
+    _seed_step(state, plan)
+    before = [b.clone() for b in moving(state.bound.nets)] if state.team.size > 1 else []
     batch = state.feed.next()
     value = objective.evaluate(batch, plan.beta_at(state.step))
     state.optimiser.zero_grad(set_to_none=True)
     value.loss.backward()
+    if state.team.size > 1:
+        value = _averaged(state, value, batch, before)
     limit = float("inf") if plan.clip is None else plan.clip
     norm = nn.utils.clip_grad_norm_(objective.bound.nets.parameters(), limit)
     lr = state.lr_factor * plan.lr_at(state.step, state.decay_from, state.decay_steps)
@@ -39,6 +47,30 @@ def update(state: State, objective: Objective, plan: Plan) -> Value:
     state.step += 1
     _add(state.window, value, norm)
     return value
+
+
+def _seed_step(state: State, plan: Plan) -> None:
+    """Let each of several processes draw a step's random numbers from a stream of its own."""
+    if state.team.size > 1:
+        seed = stream_seed(plan.seed, "sampling")
+        restore_random(state.team.streams(seed, state.step, _device_of(state)))
+
+
+def _averaged(state: State, value: Value, batch: Batch, before: list[Tensor]) -> Value:
+    """Gradient, objective and parts of the whole minibatch, of which this process has its share."""
+    team, first = state.team, state.bound.template.row_dims[0]
+    of_all = state.feed.size_of(first) or batch.sizes[first]
+    numbers = {"objective": value.objective, **{f"part_{k}": v for k, v in value.parts.items()}}
+    weight = batch.n_rows(first) * team.size / of_all
+    look = _device_of(state).type == "cpu" or state.step % HEED == 0
+    means, asked = team.average(state.bound.nets, before, numbers, weight, look)
+    if asked:
+        state.stopped = "signal"
+    return Value(value.loss, means["objective"], {k: means[f"part_{k}"] for k in value.parts})
+
+
+def _device_of(state: State) -> torch.device:
+    return next(iter(state.bound.example.values.values())).device
 
 
 def _add(window: dict[str, Tensor], value: Value, norm: Tensor) -> None:
@@ -91,7 +123,7 @@ def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitE
         plan: of the fit.
         steps: how many to take at most.
     """
-    device = next(iter(state.bound.example.values.values())).device
+    device = _device_of(state)
     for _ in range(steps):
         tensors, plain = state.pack()
         random = random_states(device)
@@ -104,7 +136,10 @@ def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitE
         batch = state.feed.next()
         state.feed.restore(cursor)
         restore_random(random)
-        site, rows = _bad_site(objective.bound, batch)
+        _seed_step(state, plan)
+        found = state.team.each(_bad_site(objective.bound, batch))  # of each process's own rows
+        site = next((site for site, _ in found if site), None)
+        rows = tuple(row for other, own in found if other == site for row in own)
         what = (
             f'the log density of site "{site}" is not finite'
             if site

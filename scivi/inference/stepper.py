@@ -53,10 +53,12 @@ class Stepper(Protocol):
 
 def stepper_for(state: State, objective: Objective, plan: Plan) -> Stepper:
     """The stepper that a plan asks for; where the pair cannot be captured, the eager one."""
-    if plan.compile == "on":
-        return _compiled(state, objective, plan)
     if plan.compile == "off":
         return Eager(objective, plan)
+    if state.team.size > 1:
+        return Eager(objective, plan, f"{state.team.size} processes take them together")
+    if plan.compile == "on":
+        return _compiled(state, objective, plan)
     if plan.steps < 2 * PATIENCE:
         return Eager(objective, plan, f"a plan of {plan.steps} steps does not repay compiling")
     return Patient(objective, plan)
@@ -291,29 +293,12 @@ class Compiled:
             for k in range(steps):
                 index = {row: of[k] for row, of in places.items()}
                 batch = take(table, index, self.feed.fields) if self.feed.resident and index else table
-                own, told = self._step(replace(batch, index=index), own, numbers[k])
+                batch = replace(batch, index=index)
+                own, told = self.flat.step(self.objective, batch, own, numbers[k])
                 window = window + told
             return (*own, window)
 
         return function
-
-    def _step(self, batch: Batch, own: list[Tensor], numbers: Tensor) -> tuple[list[Tensor], Tensor]:
-        """One step: the new flat tensors, and what the window takes in."""
-        length, root, beta = numbers.unbind()
-        flat, buffers = self.flat, [b.clone() for b in own[self.flat.n_flat :]]
-        leaf = own[0].detach().requires_grad_(True)
-        bound = self.objective.bound
-        value = bound.holding(
-            flat.held(leaf, buffers), lambda: self.objective.evaluate(batch, beta.to(flat.dtype))
-        )
-        (gradient,) = torch.autograd.grad(value.loss, leaf)
-        norm = gradient.norm()
-        if self.plan.clip is not None:  # as torch's clip_grad_norm_
-            gradient = gradient * (self.plan.clip / (norm + 1e-6)).clamp(max=1.0)
-        objective = value.objective
-        entries = [objective, objective.square(), norm, *value.parts.values(), torch.ones_like(objective)]
-        told = torch.stack([e.detach().double().reshape(()) for e in entries])
-        return [*flat.moved(own, gradient, length, root), *buffers], told
 
     def take(self, state: State, most: int) -> None:
         """Take as many steps as the function has; one eager one where that is too many."""

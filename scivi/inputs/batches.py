@@ -77,9 +77,8 @@ class Batch:
         with poutine.block(
             hide=[name]
         ):  # a plate's own site stays out of traces, so that it can be entered again
-            return pyro.plate(
-                name, self.sizes[name], subsample=self.index.get(name, _all_of(self, name)), dim=dim
-            )
+            index = self.index[name] if name in self.index else _all_of(self, name)
+            return pyro.plate(name, self.sizes[name], subsample=index, dim=dim)
 
     def observe(self, name: str, distribution: Any) -> Tensor:
         """A sample site given the data: missing entries are masked out, and it is free when predicting.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +20,9 @@ from scivi.inputs.sources import TableSource
 _FULL_LIMIT = 100_000  # rows: above it a full-batch step is a mistake more often than a wish (our choice)
 _BLOCK, _BLOCKS = 1024, 32  # on-disk rows are read in blocks and shuffled 32 blocks at a time (our choice)
 _GROUP = 2**26  # bytes of blocks that are shuffled together at most, if blocks are whole chunks (our choice)
+
+
+Piece = tuple[tuple[int, int], np.ndarray]  # (epoch, group), and places in that group
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Order:
             self._cache = (epoch, group, rows)
         return self._cache[2]
 
-    def next(self, size: int, cursor: Cursor) -> list[tuple[tuple[int, int], np.ndarray]]:
+    def next(self, size: int, cursor: Cursor) -> list[Piece]:
         """The next ``size`` rows as pieces ``((epoch, group), places in the group)``; moves the cursor."""
         while True:
             pieces, wanted = [], size
@@ -109,6 +113,8 @@ class Feed:
         resident_bytes: the most that is kept of all rows.
         table_bytes: the most that is kept as tensors though it could be narrower (our choice: so little that
             the speed of a compiled step is worth it).
+        share: number of this process and of all that share each batch: it gets its share of the rows along
+            the first row dim. Order and cursor are those of the whole batches.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class Feed:
         dtype: torch.dtype,
         resident_bytes: int = 2**31,
         table_bytes: int = 2**28,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.source, self.fields, self.rows, self.device, self.dtype = source, fields, rows, device, dtype
         self.sizes = dict(source.sizes)
@@ -131,7 +138,9 @@ class Feed:
                 f"rows_per_batch=None would take all of {most} rows at every step; "
                 f"give a number (512 is usual)."
             )
-        self.rows_per_batch = rows_per_batch
+        self.rows_per_batch, self.share = rows_per_batch, share
+        if (least := self.size_of(rows[0]) or self.sizes[rows[0]]) < share[1]:
+            raise PlanError(f"a batch of {least} rows cannot be shared by {share[1]} processes.")
         kept = kept_nbytes(source, rows[0], dtype)
         saves = 4 * kept <= 3 * source.nbytes and device.type == "cpu" and self.size_of(rows[0]) is not None
         most = min(table_bytes, resident_bytes) if saves else resident_bytes
@@ -147,6 +156,7 @@ class Feed:
         self._held = self._hold(None) if whole and not self.resident else None
         self._pool = None if whole else ThreadPoolExecutor(1, thread_name_prefix="scivi-feed")
         self._ahead: dict[tuple[int, int], Future[Held]] = {}
+        self._waited_s = 0.0
 
     def _blocks(self, row: str, kept: int) -> tuple[int, int]:
         """Rows of a block, whole chunks of the source if that is not too much, and blocks of a group."""
@@ -169,14 +179,18 @@ class Feed:
 
     def next(self) -> Batch:
         """The next batch."""
-        sizes = {row: size for row in self.rows if (size := self.size_of(row)) is not None}
-        pieces = {row: self.orders[row].next(size, self.cursors[row]) for row, size in sizes.items()}
-        first = self.rows[0]
+        begun = time.perf_counter()
+        batch = self._next()
+        self._waited_s += time.perf_counter() - begun
+        return batch
+
+    def _next(self) -> Batch:
+        pieces, first = self._pieces(), self.rows[0]
         if self._table is None and self._held is None and first in pieces:
             rest = {row: self._places(row, got) for row, got in pieces.items() if row != first}
             parts = [self._part(key, places, rest) for key, places in pieces[first]]
             return parts[0] if len(parts) == 1 else self._joined(parts)
-        index = {row: self._places(row, got) for row, got in pieces.items()}
+        index = self._index(pieces)
         if self._table is None:
             return (self._held or self._hold(None)).batch(index)
         places = {row: torch.as_tensor(rows, device=self.device) for row, rows in index.items()}
@@ -192,15 +206,37 @@ class Feed:
         if self._table is None:
             batch = self.next()
             return batch, {row: places[None] for row, places in batch.index.items()}
-        sizes = {row: size for row in self.rows if (size := self.size_of(row)) is not None}
-        index: dict[str, Tensor] = {}
-        for row, size in sizes.items():
-            order, cursor = self.orders[row], self.cursors[row]
-            places = [self._places(row, order.next(size, cursor)) for _ in range(steps)]
-            index[row] = torch.as_tensor(np.stack(places), device=self.device)
+        begun = time.perf_counter()
+        each = [self._index(self._pieces()) for _ in range(steps)]
+        index = {
+            row: torch.as_tensor(np.stack([i[row] for i in each]), device=self.device) for row in each[0]
+        }
+        self._waited_s += time.perf_counter() - begun
         return self._table, index
 
-    def _places(self, row: str, pieces: list[tuple[tuple[int, int], np.ndarray]]) -> np.ndarray:
+    def waited(self) -> float:
+        """Seconds that steps have waited for their batches since this was last asked."""
+        waited, self._waited_s = self._waited_s, 0.0
+        return waited
+
+    def _pieces(self) -> dict[str, list[Piece]]:
+        """Rows of the next batch by minibatched row dim; along the first, this process's share."""
+        sizes = {row: size for row in self.rows if (size := self.size_of(row)) is not None}
+        pieces = {row: self.orders[row].next(size, self.cursors[row]) for row, size in sizes.items()}
+        first = self.rows[0]
+        if self.share[1] > 1 and first in pieces:
+            pieces[first] = _cut(pieces[first], *_share(sizes[first], *self.share))
+        return pieces
+
+    def _index(self, pieces: Mapping[str, list[Piece]]) -> dict[str, np.ndarray]:
+        """Places of the batch's rows by row dim of which it has some only."""
+        index = {row: self._places(row, got) for row, got in pieces.items()}
+        first = self.rows[0]
+        if self.share[1] > 1 and first not in index:
+            index = {first: np.arange(*_share(self.sizes[first], *self.share)), **index}
+        return index
+
+    def _places(self, row: str, pieces: list[Piece]) -> np.ndarray:
         return np.concatenate([self.orders[row].group(*key)[places] for key, places in pieces])
 
     def _part(self, key: tuple[int, int], places: np.ndarray, rest: Mapping[str, np.ndarray]) -> Batch:
@@ -261,3 +297,18 @@ class Feed:
         """Stop the reading thread."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _share(n: int, rank: int, of: int) -> tuple[int, int]:
+    """First and last but one of n rows that a process has."""
+    return n * rank // of, n * (rank + 1) // of
+
+
+def _cut(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:
+    """The pieces of some rows of a batch."""
+    cut, at = [], 0
+    for key, places in pieces:
+        own = places[max(0, start - at) : max(0, stop - at)]
+        at += len(places)
+        cut += [(key, own)] if len(own) else []
+    return cut

@@ -26,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Plan many fits in one file, run them here or on Slurm, and read them together.",
+    epilog="\b\nExample:\n  scivi study run study.toml --out results --jobs 4 --gather",
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a study.")]

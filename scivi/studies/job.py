@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
@@ -155,6 +155,7 @@ def run(
     overwrite: bool = False,
     report: bool = True,
     progress: bool = True,
+    track: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Fit, and leave fit, history, posterior, figures and report in a folder.
 
@@ -165,6 +166,7 @@ def run(
         overwrite: replace an earlier fit in it.
         report: write the page and figures too; without, there is still a verdict.
         progress: show a progress bar.
+        track: trackers that are told of the history too, as ``scivi.inference.trackers.tracker`` takes them.
 
     Returns:
         Paths of what was written, how the fit ended ("stopped", "steps", "wall_s"), and, unless a signal
@@ -182,13 +184,18 @@ def run(
     from scivi.inference.draws import predict
     from scivi.inference.loop import fit
     from scivi.inference.state import save
+    from scivi.inference.trackers import about, tracker
     from scivi.inference.trees import save_tree
 
     out.mkdir(parents=True, exist_ok=True)
-    beside = {"record": out / "history.jsonl", "checkpoint": out / "checkpoint.safetensors"}
+    history = out / "history.jsonl"
     if not resume:  # it would go on in the file of the fit before
-        beside["record"].unlink(missing_ok=True)
-    result = fit(template, source, how, **beside, resume=resume, progress=progress)
+        history.unlink(missing_ok=True)
+    record = [history, *(tracker(word, out, about(template, source, how)) for word in track)]
+    checkpoint = out / "checkpoint.safetensors"
+    result = fit(
+        template, source, how, record=record, checkpoint=checkpoint, resume=resume, progress=progress
+    )
     save(result, out / "fit")
     save_tree(result.history, out / "history.nc")
     told = result.provenance["fit"]

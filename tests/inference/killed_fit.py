@@ -20,6 +20,7 @@ import torch
 
 from scivi.inference.loop import fit
 from scivi.inference.plan import Plan
+from scivi.inference.recorder import CLOCKED
 from tests.inference.conjugate import hierarchy, rows
 
 schools = replace(hierarchy(), guide=None, nets=None)
@@ -30,7 +31,7 @@ PLAN = Plan(
 
 def run(folder: Path) -> None:
     done = fit(schools, rows(8), PLAN, checkpoint=folder / "fit.ckpt", resume=True, progress=False)
-    history = {str(k): v.values.tolist() for k, v in done.history.drop_vars("wall_s").items()}
+    history = {str(k): v.values.tolist() for k, v in done.history.drop_vars(CLOCKED).items()}
     tensors = {name: value.tolist() for name, value in done.nets.state_dict().items()}
     (folder / "result.json").write_text(json.dumps({"history": history, "tensors": tensors}))
 

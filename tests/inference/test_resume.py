@@ -16,6 +16,7 @@ import xarray as xr
 from scivi.errors import CheckpointError
 from scivi.inference.loop import begin, fit, open_data, train
 from scivi.inference.plan import Plateau
+from scivi.inference.recorder import CLOCKED
 from scivi.inference.state import load_state, save_state
 from tests.inference.conjugate import OFF, hierarchy, plan, rows, shared
 from tests.inference.test_loop import Place, place_guide
@@ -55,8 +56,8 @@ def run_to_end(template, knobs, state=None, until: int | None = None):
 def same(one, other) -> None:
     assert len(one.history) == len(other.history)
     for ours, theirs in zip(one.history, other.history, strict=True):
-        assert {k: v for k, v in ours.items() if k != "wall_s"} == {
-            k: v for k, v in theirs.items() if k != "wall_s"
+        assert {k: v for k, v in ours.items() if k not in CLOCKED} == {
+            k: v for k, v in theirs.items() if k not in CLOCKED
         }
     for (name, ours), (_, theirs) in zip(
         *[s.bound.nets.state_dict().items() for s in (one, other)], strict=True
@@ -188,7 +189,7 @@ def test_a_signal_ends_a_fit_that_can_be_resumed(name, tmp_path):
     then = fit(template, DATA, whole, progress=False, checkpoint=path, resume=True)
     assert then.provenance["fit"]["stopped"] == "steps"
     assert then.provenance["fit"]["finish"] == unstopped.provenance["fit"]["finish"]
-    xr.testing.assert_identical(then.history.drop_vars("wall_s"), unstopped.history.drop_vars("wall_s"))
+    xr.testing.assert_identical(then.history.drop_vars(CLOCKED), unstopped.history.drop_vars(CLOCKED))
     for key, value in unstopped.nets.state_dict().items():
         assert torch.equal(value, then.nets.state_dict()[key]), key
 
@@ -234,6 +235,6 @@ def test_two_fits_with_one_seed_are_equal_and_do_not_move_the_process_stream():
     torch.manual_seed(5)
     np.testing.assert_array_equal(after, torch.rand(3))
     other = fit(hierarchy(OFF), DATA, whole, progress=False)
-    xr.testing.assert_identical(one.history.drop_vars("wall_s"), other.history.drop_vars("wall_s"))
+    xr.testing.assert_identical(one.history.drop_vars(CLOCKED), other.history.drop_vars(CLOCKED))
     third = fit(hierarchy(OFF), DATA, replace(whole, seed=1), progress=False)
     assert not np.array_equal(third.history.objective, one.history.objective)

@@ -15,9 +15,10 @@ import xarray as xr
 
 from scivi.analysis import report
 from scivi.errors import CheckpointError, TemplateError
+from scivi.files import write_atomically
 from scivi.inference.draws import draw
 from scivi.inference.loop import fit
-from scivi.inference.state import Fit, import_template, load, reference_of, save, write_atomically
+from scivi.inference.state import Fit, import_template, load, reference_of, save
 from scivi.inputs.fields import Field
 from scivi.models.guides import JointNormal
 from scivi.models.template import Template
