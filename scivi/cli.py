@@ -146,6 +146,9 @@ def fit(
         bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if any.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier fit in --out.")] = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine that share each minibatch.")
+    ] = 1,
     strict: Strict = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -155,7 +158,17 @@ def fit(
     base = None if plan is None else Plan.from_toml(plan).to_dict()
     job = _job(template, data, prior, dim, column, select, make, plan=how, base=base, draws=draws)
     beside: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "report": report, "track": track}
-    summary = jobs.run(job, out, **beside, progress=not quiet)
+    device = job.plan_of({}).device  # a plan that cannot be used is told before anything is begun
+    from scivi.inference.processes import launch, place
+
+    if processes > 1 and place(os.environ) is None:
+        raise typer.Exit(launch(processes, sys.argv[1:]))
+    from scivi.inference.team import group
+
+    with group(device) as team:
+        summary = jobs.run(job, out, **beside, progress=not quiet)
+    if team.rank:  # the first process speaks
+        return
     if summary["stopped"] == "signal":
         _tell({**summary, "next": "the same command with --resume"}, as_json, quiet)
         raise typer.Exit(STOPPED_BY_SIGNAL)

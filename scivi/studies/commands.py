@@ -208,8 +208,9 @@ def _table(found: list[Standing]) -> Table:
     counts = Counter(s.state for s in found)
     told = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     table = Table(Column("fit", no_wrap=True), title=told, title_justify="left")
-    for name in ("state", "step", "steps/s", "nats per row", "verdict or cause"):
-        table.add_column(name)
+    for name in ("state", "step", "steps/s", "nats/row"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("verdict or cause", min_width=16)
     first = ("running", "failed", "vanished", "stopped")
     shown = sorted(found, key=lambda s: first.index(s.state) if s.state in first else len(first))[:SHOWN]
     for s in shown:

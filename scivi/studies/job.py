@@ -184,28 +184,36 @@ def run(
     from scivi.inference.draws import predict
     from scivi.inference.loop import fit
     from scivi.inference.state import save
+    from scivi.inference.team import team
     from scivi.inference.trackers import about, tracker
     from scivi.inference.trees import save_tree
 
+    first = team().rank == 0  # of several processes that share the fit: it writes
     out.mkdir(parents=True, exist_ok=True)
     history = out / "history.jsonl"
-    if not resume:  # it would go on in the file of the fit before
+    if first and not resume:  # it would go on in the file of the fit before
         history.unlink(missing_ok=True)
-    record = [history, *(tracker(word, out, about(template, source, how)) for word in track)]
+    record: list[Any] = [history] if first else []
+    record += [tracker(word, out, about(template, source, how)) for word in track if first]
     checkpoint = out / "checkpoint.safetensors"
     result = fit(
         template, source, how, record=record, checkpoint=checkpoint, resume=resume, progress=progress
     )
-    save(result, out / "fit")
-    save_tree(result.history, out / "history.nc")
+    if first:
+        save(result, out / "fit")
+        save_tree(result.history, out / "history.nc")
     told = result.provenance["fit"]
     summary: dict[str, Any] = {"fit": str(out / "fit"), "history": str(out / "history.nc")}
     summary |= {key: told[key] for key in ("stopped", "steps", "wall_s") if key in told}
     if told["stopped"] == "signal":
         return summary
     n_draws, kept = _amount(job.draws, _entries(result.template, source), out)
+    if not first and kept.suffix != ".zarr":  # which they write together
+        return summary
     tree = predict(result, source, n_draws, seed=how.seed, to=kept)
     summary["posterior"] = str(kept)
+    if not first:
+        return summary
     if not report:
         return summary | judge(tree, None)
     return summary | judge(tree, out / "report.html", figures=out / "figures")

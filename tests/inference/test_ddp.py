@@ -549,11 +549,7 @@ def test_ddp_a_signal_goes_on_to_all_processes(tmp_path):
     asking.join()
 
 
-HAS_OPTION = "    processes: Annotated" in (ROOT / "scivi/cli.py").read_text()
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_OPTION, reason="waits for --processes of the command line")
 def test_ddp_the_command_line_leaves_what_one_process_would(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
