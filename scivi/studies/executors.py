@@ -151,7 +151,7 @@ def script(folder: Path, manifest: Manifest, ids: Sequence[str]) -> str:
         *(f"export {name}={value}" for name, value in _threads(asked).items()),
         f"cd {shlex.quote(manifest.folder)}",
         # exec: the warning signal is for Python
-        f"exec {shlex.quote(sys.executable)} -m scivi.studies.task {shlex.quote(str(folder))} "
+        f"exec {asked.python} -m scivi.studies.task {shlex.quote(str(folder))} "
         '--fit "${fits[$SLURM_ARRAY_TASK_ID]}"',
     ]
     return "\n".join(lines) + "\n"
@@ -167,7 +167,7 @@ def _gathering(folder: Path, manifest: Manifest, jobs: Sequence[int]) -> str:
         f"--output={folder / 'log'}/gather.txt",
         *manifest.resources.sbatch,
     )
-    command = f"exec {shlex.quote(sys.executable)} -m scivi.cli study gather {shlex.quote(str(folder))}"
+    command = f"exec {manifest.resources.python} -m scivi.cli study gather {shlex.quote(str(folder))}"
     return "\n".join(["#!/bin/bash", *options, *manifest.resources.before, command]) + "\n"
 
 
@@ -244,7 +244,7 @@ def snakefile(folder: Path, manifest: Manifest) -> str:
     """A Snakefile that makes every fit's result."""
     asked, folder = manifest.resources, folder.absolute()
     ids = [row.id for row in manifest.rows]
-    call = f"{shlex.quote(sys.executable)} -m scivi.studies.task {shlex.quote(str(folder))}"
+    call = f"{asked.python} -m scivi.studies.task {shlex.quote(str(folder))}"
     return f'''FITS = {ids!r}
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xarray as xr
+from filelock import FileLock, Timeout
 
 from scivi.errors import CheckpointError, DataError, PlanError, TemplateError, listed
 from scivi.inference.plan import Plan
@@ -173,7 +175,8 @@ def run(
         stopped it, the verdict and why.
 
     Raises:
-        CheckpointError: the folder holds a fit, and neither ``resume`` nor ``overwrite`` is given.
+        CheckpointError: the folder holds a fit, and neither ``resume`` nor ``overwrite`` is given; or another
+            process is fitting there.
         DataError, TemplateError, PlanError, FitError: as ``scivi.fit``.
     """
     how = job.plan_of({})  # a plan that cannot be used is told before anything is read
@@ -181,42 +184,49 @@ def run(
     how = job.plan_of(template.plan)
     if (out / "fit").exists() and not (resume or overwrite):
         raise CheckpointError(f'"{out}" holds a fit. Choose another --out, or give --resume or --overwrite.')
-    from scivi.inference.draws import predict
-    from scivi.inference.loop import fit
-    from scivi.inference.state import save
+    from scivi.inference import draws, loop, state, trackers, trees
     from scivi.inference.team import team
-    from scivi.inference.trackers import about, tracker
-    from scivi.inference.trees import save_tree
 
     first = team().rank == 0  # of several processes that share the fit: it writes
     out.mkdir(parents=True, exist_ok=True)
-    history = out / "history.jsonl"
-    if first and not resume:  # it would go on in the file of the fit before
-        history.unlink(missing_ok=True)
-    record: list[Any] = [history] if first else []
-    record += [tracker(word, out, about(template, source, how)) for word in track if first]
-    checkpoint = out / "checkpoint.safetensors"
-    result = fit(
-        template, source, how, record=record, checkpoint=checkpoint, resume=resume, progress=progress
-    )
-    if first:
-        save(result, out / "fit")
-        save_tree(result.history, out / "history.nc")
-    told = result.provenance["fit"]
-    summary: dict[str, Any] = {"fit": str(out / "fit"), "history": str(out / "history.nc")}
-    summary |= {key: told[key] for key in ("stopped", "steps", "wall_s") if key in told}
-    if told["stopped"] == "signal":
-        return summary
-    n_draws, kept = _amount(job.draws, _entries(result.template, source), out)
-    if not first and kept.suffix != ".zarr":  # which they write together
-        return summary
-    tree = predict(result, source, n_draws, seed=how.seed, to=kept)
-    summary["posterior"] = str(kept)
-    if not first:
-        return summary
-    if not report:
-        return summary | judge(tree, None)
-    return summary | judge(tree, out / "report.html", figures=out / "figures")
+    with _alone(out) if first else nullcontext():
+        history = out / "history.jsonl"
+        if first and not resume:  # it would go on in the file of the fit before
+            history.unlink(missing_ok=True)
+        about = trackers.about(template, source, how)
+        record = [history, *(trackers.tracker(word, out, about) for word in track)] if first else []
+        kept: dict[str, Any] = {"record": record, "checkpoint": out / "checkpoint.safetensors"}
+        result = loop.fit(template, source, how, **kept, resume=resume, progress=progress)
+        if first:
+            state.save(result, out / "fit")
+            trees.save_tree(result.history, out / "history.nc")
+        ended = result.provenance["fit"]
+        summary: dict[str, Any] = {"fit": str(out / "fit"), "history": str(out / "history.nc")}
+        summary |= {key: ended[key] for key in ("stopped", "steps", "wall_s") if key in ended}
+        if ended["stopped"] == "signal":
+            return summary
+        n_draws, to = _amount(job.draws, _entries(result.template, source), out)
+        if not first and to.suffix != ".zarr":  # which they write together
+            return summary
+        tree = draws.predict(result, source, n_draws, seed=how.seed, to=to)
+        summary["posterior"] = str(to)
+        if not first:
+            return summary
+        return summary | judge(tree, *((out / "report.html", out / "figures") if report else (None,)))
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Refuse to share a folder with another process."""
+    lock = FileLock(out / ".fit.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(f'"{out}" is in use: another process is fitting there.') from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _entries(template: Template, source: Any) -> int:

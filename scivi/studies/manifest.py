@@ -30,6 +30,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -62,6 +63,7 @@ class Resources:
         warn_s: seconds before the limit at which a fit is told to save and make room.
         sbatch: further lines of options, such as "--account=name".
         before: shell lines before a fit, such as "module load python".
+        python: that runs the fits, if it is another than the one that submits them.
     """
 
     time: str = "01:00:00"
@@ -73,6 +75,7 @@ class Resources:
     warn_s: int = 90
     sbatch: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
+    python: str = sys.executable
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> Resources:
@@ -202,6 +205,7 @@ _OF_RESOURCES = {
     "warn_s": int,
     "sbatch": list,
     "before": list,
+    "python": str,
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from filelock import FileLock
 
 from scivi.studies.folder import claimed, standings
 from scivi.studies.manifest import Manifest, expanded
@@ -196,6 +197,15 @@ def test_two_runs_on_one_folder_do_not_meet(here):
         assert process.wait() == 75
         assert f"{row.id} busy" in (here / "task.txt").read_text()
     assert standings(folder)[0].state == "waiting"
+
+
+def test_two_commands_on_one_folder_are_told(here):
+    env, fit = environment(here), ("fit", "my_model:schools", here / "schools_0.nc", "--out", here / "out")
+    (here / "out").mkdir()
+    with FileLock(here / "out" / ".fit.lock"):
+        told = scivi(*fit, "--steps", 20, env={**env, "PYTHONPATH": f"{env['PYTHONPATH']}:{here}"}, code=1)
+    assert "is in use: another process is fitting there" in told.stderr
+    assert {p.name for p in (here / "out").iterdir()} == {".fit.lock"}
 
 
 def tmpfs(path: Path, options: str) -> None:
