@@ -33,7 +33,7 @@ memory = "900M"
 steps = 100
 
 [plans.long]
-steps = 4000
+steps = 1000
 stop = "none"
 compile = "off"
 log_every = 20
@@ -43,7 +43,13 @@ estimator = "trace"
 [[fits]]
 template = "my_model:schools"
 data = "schools_*.nc"
-plans = ["long", "short"]
+plans = ["long"]
+seeds = [0, 1, 2]
+
+[[fits]]
+template = "my_model:schools"
+data = "schools_*.nc"
+plans = ["short"]
 seeds = [0, 1, 2]
 
 [[fits]]
@@ -82,18 +88,22 @@ def until(done, what: str) -> None:
         time.sleep(0.5)
 
 
-def on_node(name: str, env: dict[str, str]) -> set[str]:
-    """Slurm's ids of the jobs of a node."""
-    call = ["squeue", "--noheader", "--array", f"--nodelist={name}", "--states=R", "--format=%i"]
-    return set(subprocess.run(call, env=env, capture_output=True, text=True, check=True).stdout.split())
-
-
-def under_way(story: Story) -> set[str]:
-    """Labels of fits that run and have taken steps."""
-    found = states(story.here / "cluster", story.env)
+def under_way(story: Story, node: str) -> set[str]:
+    """Labels of the long fits that take their steps on a node."""
+    call = ["squeue", "--noheader", "--array", f"--nodelist={node}", "--states=R", "--format=%A"]
+    there = subprocess.run(call, env=story.env, capture_output=True, text=True, check=True).stdout.split()
+    found = states(story.here / "cluster", story.env).items()
     return {
-        name for name, fit in found.items() if fit["state"] == "running" and fit["last"].get("step", 0) > 0
+        name
+        for name, fit in found
+        if fit.get("job") in there and fit["plan"] == "long" and 0 < fit["last"].get("step", 0) < 700
     }
+
+
+def stopped(story: Story) -> set[str]:
+    """Labels of the fits that have saved themselves on a signal, and wait."""
+    found = states(story.here / "cluster", story.env)
+    return {name for name, fit in found.items() if fit.get("stopped") is True}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +119,7 @@ def story(tmp_path_factory, slurm):
     days = pd.date_range("2020-01-01", periods=300, name="day")
     pd.DataFrame(100 * walk, days, ["a", "b"]).to_csv(here / "prices.csv")
     (here / "study.toml").write_text(STUDY)
-    story = Story(here, environment(here, SLURM_CONF=slurm))
+    story = Story(here, environment(here, SLURM_CONF=slurm, PACE=".03"))
     study = ("study", "run", here / "study.toml", "--out", here / "cluster", "--executor", "slurm")
     command(*study, env=story.env)
     run(story)
@@ -117,36 +127,24 @@ def story(tmp_path_factory, slurm):
 
 
 def run(story: Story) -> None:
-    """From the first steps of the long fits, which come first, to the end of all."""
-
-    def jobs():
-        return {
-            f["job"]: name for name, f in states(story.here / "cluster", story.env).items() if f.get("job")
-        }
-
-    until(lambda: len(under_way(story)) == 4, "four long fits run")
-    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodelist=n1", "--exclusive", "--wrap=sleep 1"]
+    """From the first steps of the long fits, of which each takes half a minute, to the end of all."""
+    until(lambda: under_way(story, "n1"), "a long fit runs on the first node")
+    urgent = ["sbatch", "--partition=urgent", "--nodelist=n1", "--exclusive", "--wrap=sleep 1"]
     subprocess.run(urgent, env=story.env, check=True, capture_output=True, cwd=story.here)
     until(lambda: stopped(story), "a preempted fit has saved itself")
     story.preempted = stopped(story)
-    until(lambda: len(under_way(story)) == 4, "the nodes are full again")
-    before = on_node("n2", story.env)
+    until(lambda: under_way(story, "n2"), "a long fit runs on the second node")
+    story.lost = under_way(story, "n2")
     node = ["scontrol", "update", "nodename=n2"]
     subprocess.run([*node, "state=down", "reason=test"], env=story.env, check=True)
-    story.lost = before
-    until(lambda: not on_node("n2", story.env), "the node's jobs are gone")
+    until(lambda: not under_way(story, "n2"), "the node's fits are gone")
     subprocess.run([*node, "state=resume"], env=story.env, check=False)
-    until(
-        lambda: all(
-            f["state"] in ("done", "failed") for f in states(story.here / "cluster", story.env).values()
-        ),
-        "all fits end",
-    )
+    until(lambda: ended(story), "all fits end")
 
 
-def stopped(story: Story) -> set[str]:
+def ended(story: Story) -> bool:
     found = states(story.here / "cluster", story.env)
-    return {name for name, fit in found.items() if fit.get("stopped") is True}
+    return all(fit["state"] in ("done", "failed") for fit in found.values())
 
 
 def test_all_fits_end_and_bad_data_are_named(story):
@@ -163,7 +161,7 @@ def test_a_preempted_fit_and_those_of_a_lost_node_went_on(story):
     assert story.preempted
     assert story.lost
     found = states(story.here / "cluster", story.env)
-    assert all(found[name]["state"] == "done" for name in story.preempted)
+    assert all(found[name]["state"] == "done" for name in story.preempted | story.lost)
     logs = "".join(p.read_text() for p in (story.here / "cluster" / "log").glob("*.txt"))
     assert "NODE FAILURE" in logs
 
@@ -185,15 +183,16 @@ def test_what_exists_is_not_repeated(story):
 def test_gathered_it_equals_the_same_study_run_here(story):
     """Bit for bit: stopped, killed and resumed fits have the numbers of those that ran through."""
     folder, study = story.here / "cluster", story.here / "study.toml"
-    command("study", "run", study, "--out", story.here / "here", "--jobs", "2", "--quiet", env=story.env)
+    here = environment(story.here)
+    command("study", "run", study, "--out", story.here / "here", "--jobs", "2", "--quiet", env=here)
     bare = environment(story.here, torch=False, SLURM_CONF=story.env["SLURM_CONF"])
     for place in (folder, story.here / "here"):
         command("study", "gather", place, env=bare)
-    cluster_, here = (
+    there, here = (
         xr.open_datatree(p / "gathered.zarr", engine="zarr", chunks=None)
         for p in (folder, story.here / "here")
     )
-    groups = {node.path for node in cluster_.leaves} - {"/diagnostics"}
+    groups = {node.path for node in there.leaves} - {"/diagnostics"}
     assert groups == {
         "/schools/schools_0.nc",
         "/schools/schools_1.nc",
@@ -201,8 +200,8 @@ def test_gathered_it_equals_the_same_study_run_here(story):
         "/from_data/prices.csv",
     }
     for group in groups:
-        xr.testing.assert_identical(cluster_[group].to_dataset(), here[group].to_dataset())
-    assert dict(cluster_["schools/schools_0.nc"].sizes) == {
+        xr.testing.assert_identical(there[group].to_dataset(), here[group].to_dataset())
+    assert dict(there["schools/schools_0.nc"].sizes) == {
         "plan": 2,
         "prior": 1,
         "seed": 3,
@@ -210,9 +209,7 @@ def test_gathered_it_equals_the_same_study_run_here(story):
         "draw": 50,
     }
     same = ["state", "verdict", "score", "steps", "cause"]
-    xr.testing.assert_equal(
-        cluster_["diagnostics"].to_dataset()[same], here["diagnostics"].to_dataset()[same]
-    )
+    xr.testing.assert_equal(there["diagnostics"].to_dataset()[same], here["diagnostics"].to_dataset()[same])
 
 
 def test_login_commands_need_no_torch(story):

@@ -15,6 +15,8 @@ import xarray as xr
 ROOT = Path(__file__).resolve().parents[2]
 
 TEMPLATE = """
+import os
+import time
 from dataclasses import dataclass
 import pyro
 import pyro.distributions as dist
@@ -27,6 +29,7 @@ class Prior:
     effect_sd: float = 5.0
 
 def model(batch, prior, nets):
+    time.sleep(float(os.environ.get("PACE", "0")))  # so that a fit can be met on its way
     mu = pyro.sample("mu", dist.Normal(0.0, prior.effect_sd))
     with batch.plate("school"):
         batch.observe("effect", dist.Normal(mu, batch.sd))
