@@ -12,6 +12,7 @@ from scipy.special import logsumexp
 from scivi.errors import DataError
 
 MIN_DRAWS = 25  # a tail of five, the fewest that ArviZ fits
+EQUAL = 1e-3  # largest weights nearer than this, relatively, are equal: rounding too makes tails (our choice)
 _PRIOR_B, _PRIOR_K = 3.0, 10.0  # Zhang & Stephens 2009; prior on k: Vehtari et al. 2024; both as in ArviZ
 
 
@@ -62,8 +63,8 @@ def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         log_weights: (row, draw); -inf is a draw of no weight.
 
     Returns:
-        Normalised log weights (row, draw) and k-hat (row,). A row of equal weights has k-hat 0: the guide is
-        exact there. A row with NaN or +inf has k-hat inf and NaN weights.
+        Normalised log weights (row, draw) and k-hat (row,). A row whose largest weights are equal has k-hat
+        0: the guide is exact there. A row with NaN or +inf has k-hat inf and NaN weights.
 
     Raises:
         DataError: fewer than 25 draws.
@@ -85,7 +86,7 @@ def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     tail = np.take_along_axis(raw, order, -1)
     cutoff = np.exp(tail[:, :1])
     excess = np.exp(tail[:, 1:]) - cutoff
-    flat = excess[:, -1] <= 1e-12  # relative to the largest weight, 1
+    flat = excess[:, -1] <= EQUAL  # relative to the largest weight, 1
     excess[flat] = 1.0
     with np.errstate(all="ignore"):
         k, sigma = fit_tail(excess)

@@ -1,4 +1,7 @@
-"""``scivi study``: plan many fits in one file, run them anywhere, read them together."""
+"""``scivi study``: plan many fits in one file, run them anywhere, read them together.
+
+What only some words need is imported inside them, so that ``scivi --help`` is quick.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,6 @@ from rich.table import Column, Table
 from scivi.files import write_atomically
 from scivi.studies import executors
 from scivi.studies.folder import ENDED, STATES, Standing, standings
-from scivi.studies.gather import diagnostics, page, ranked
-from scivi.studies.gather import gather as gathered
 from scivi.studies.manifest import Manifest, expanded
 from scivi.studies.task import AGAIN
 
@@ -81,6 +82,8 @@ def run(
             typer.echo("Stopped; the same command goes on.", err=True)
             raise typer.Exit(AGAIN) from None
     if gather:
+        from scivi.studies.gather import gather as gathered
+
         typer.echo(str(gathered(out)))
     if not quiet:
         _print(standings(out, manifest))
@@ -126,6 +129,8 @@ def gather(
     to: Annotated[Path | None, typer.Option("--out", help=".zarr or .nc; gathered.zarr in FOLDER.")] = None,
 ) -> None:
     """Put posteriors, diagnostics and verdicts into one file. Works without torch."""
+    from scivi.studies.gather import gather as gathered
+
     typer.echo(str(gathered(folder, to)))
 
 
@@ -136,6 +141,8 @@ def report(
     to: Annotated[Path | None, typer.Option("--out", help="The page; study.html in FOLDER.")] = None,
 ) -> None:
     """Say which fits can be trusted, side by side, the best held-out score first. Works without torch."""
+    from scivi.studies.gather import diagnostics, page, ranked
+
     path = folder / "study.html" if to is None else to
     write_atomically(path, page(folder).encode())
     for key, some in ranked(diagnostics(folder)):

@@ -20,13 +20,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from scivi.analysis import skeleton
+from scivi.analysis.page import TONE
 from scivi.errors import StudyError
 from scivi.studies.folder import Standing, place, standings
-from scivi.studies.manifest import AXES, Manifest
+from scivi.studies.manifest import Manifest
 
 VARIANTS = ("plan", "prior", "seed")
 _NUMBERS = ("score", "score_se", "steps", "wall_s", "number")
 _WORDS = ("verdict", "stopped", "cause", "message", "host")
+_HEAD = ("verdict", "score", "plan", "prior", "seed", "steps", "seconds", "why")
 _ZARR = 2  # zarr 3 has no settled way to store labels yet
 
 
@@ -198,39 +201,16 @@ def ranked(table: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
 
 def page(folder: Path) -> str:
     """A page that says which fits of a study can be trusted, side by side."""
-    from scivi.analysis import skeleton
-    from scivi.analysis.page import TONE
-
     manifest = Manifest.read(folder)
     table = diagnostics(folder, manifest)
     counts = {s: int((table["state"] == s).sum()) for s in dict.fromkeys(table["state"].values)}
+    top = "".join(f"<th>{name}</th>" for name in _HEAD)
     body = []
-    head = ("verdict", "score", "plan", "prior", "seed", "steps", "seconds", "why")
-    top = "".join(f"<th>{name}</th>" for name in head)
     for key, some in ranked(table):
         best = float(some["score"].max())
-        lines = []
-        for k in range(some.sizes["fit"]):
-            fit = some.isel(fit=k)
-            word = str(fit["verdict"].item()) or str(fit["state"].item())
-            tone = {"good": "pass", "care": "warn", "bad": "fail"}.get(TONE.get(word, ""), "mute")
-            link = f"fits/{fit['fit'].item()}/report.html"
-            shown = f'<a href="{link}">{escape(word)}</a>' if (folder / link).exists() else escape(word)
-            why = str(fit["why"].item()) or ": ".join(
-                filter(None, (str(fit["cause"].item()), str(fit["message"].item())))
-            )
-            score = float(fit["score"])
-            cells = [
-                f'<td class="mark {tone}">{shown}</td>',
-                f'<td class="n">{_score(score, best, float(fit["score_se"]))}</td>',
-                *(f"<td>{escape(str(fit[n].item()))}</td>" for n in VARIANTS),
-                *(f'<td class="n">{_whole(float(fit[n]))}</td>' for n in ("steps", "wall_s")),
-                f'<td class="soft">{escape(why).replace(chr(10), "<br>")}</td>',
-            ]
-            lines.append(f"<tr>{''.join(cells)}</tr>")
-        body.append(
-            f'<h2>{escape(key)}</h2><div class="scroll"><table><tr>{top}</tr>{"".join(lines)}</table></div>'
-        )
+        lines = [_line(some.isel(fit=k), best, folder) for k in range(some.sizes["fit"])]
+        grid = f"<table><tr>{top}</tr>{''.join(lines)}</table>"
+        body.append(f'<h2>{escape(key)}</h2><div class="scroll">{grid}</div>')
     told = ", ".join(f"{n} {state}" for state, n in counts.items())
     note = "Score: expected log density of held-out entries in nats, with its standard error, less the best."
     return skeleton.PAGE.substitute(
@@ -242,6 +222,24 @@ def page(folder: Path) -> str:
     )
 
 
+def _line(fit: xr.Dataset, best: float, folder: Path) -> str:
+    """A fit as a line of the page's table."""
+    told = {str(name): np.asarray(value).item() for name, value in fit.variables.items()}
+    word = told["verdict"] or told["state"]
+    tone = {"good": "pass", "care": "warn", "bad": "fail"}.get(TONE.get(word, ""), "mute")
+    link = f"fits/{told['fit']}/report.html"
+    shown = f'<a href="{link}">{escape(word)}</a>' if (folder / link).exists() else escape(word)
+    why = told["why"] or ": ".join(filter(None, (told["cause"], told["message"])))
+    cells = [
+        f'<td class="mark {tone}">{shown}</td>',
+        f'<td class="n">{_score(told["score"], best, told["score_se"])}</td>',
+        *(f"<td>{escape(str(told[name]))}</td>" for name in VARIANTS),
+        *(f'<td class="n">{_whole(told[name])}</td>' for name in ("steps", "wall_s")),
+        f'<td class="soft">{"<br>".join(escape(why).splitlines())}</td>',
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
 def _score(value: float, best: float, error: float) -> str:
     if not np.isfinite(value):
         return ""
@@ -250,6 +248,3 @@ def _score(value: float, best: float, error: float) -> str:
 
 def _whole(value: float) -> str:
     return f"{value:.0f}" if np.isfinite(value) else ""
-
-
-assert set(VARIANTS) < set(AXES)

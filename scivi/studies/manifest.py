@@ -44,7 +44,6 @@ from scivi.inference.plan import Plan
 from scivi.studies.job import Job
 
 DEFAULT = "default"  # plan and prior as the template has them
-AXES = ("template", "data", "plan", "prior", "seed")
 _HASHED = 12  # characters of a hash: two of a million fits are alike with a chance of .002
 _BLOCK = 2**20
 
