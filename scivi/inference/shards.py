@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from scivi.inference.team import Team, team
-from scivi.inference.trees import ZARR, Named, Pieces, dataset
+from scivi.inference.trees import ZARR, Named, Pieces, dataset, opened
 
 
 def collector(
@@ -76,7 +76,7 @@ class Shards:
         found = self.pieces.tree(whole, provenance) if self.team.rank == 0 else None
         self.team.wait()
         assert self.pieces.to is not None
-        return xr.open_datatree(self.pieces.to, engine="zarr", chunks=None) if found is None else found
+        return opened(self.pieces.to) if found is None else found
 
     def _begin(self) -> None:
         """Wait until the store is there."""

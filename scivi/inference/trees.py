@@ -20,6 +20,7 @@ from scivi.models.template import Template
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]  # by variable: dims, and values with those dims
 SAMPLED = ("chain", "draw")
 IN_NATS = ("log_likelihood", "sample_stats")  # groups of log densities
+MOST_INDEXED = 2**18  # rows whose labels are indexed in every group (our choice: 100 MB of five groups)
 ZARR = 2  # format 3 has no settled text type yet
 
 
@@ -96,6 +97,19 @@ def save_tree(found: xr.DataTree | xr.Dataset, path: str | Path) -> Path:
     finally:
         _remove(aside)
     return path
+
+
+def opened(path: Path) -> xr.DataTree:
+    """A tree in a .zarr, read lazily; of very many rows even the labels, so that ``sel`` by them needs more.
+
+    An index over labels takes memory in every group that has them: ``tree[group].to_dataset().set_xindex``
+    makes one.
+    """
+    plain = xr.open_datatree(path, engine="zarr", chunks=None, create_default_indexes=False)
+    if max(n for node in plain.leaves for n in node.sizes.values()) > MOST_INDEXED:
+        return plain
+    plain.close()
+    return xr.open_datatree(path, engine="zarr", chunks=None)
 
 
 def _remove(aside: Path) -> None:
@@ -201,7 +215,7 @@ class Pieces:
 
         zarr.consolidate_metadata(str(self.store), zarr_format=ZARR)
         _put(self.store, self.to)
-        return xr.open_datatree(self.to, engine="zarr", chunks=None)
+        return opened(self.to)
 
     def _units(self, group: str, named: Named) -> Mapping[str, str]:
         if group not in IN_NATS:
