@@ -1,7 +1,7 @@
 """The command line: arguments become the verbs of the library, and nothing else.
 
 What a verb needs is imported inside it, so that ``--help`` is quick and ``scivi report`` runs without torch.
-Longer than 400 lines because eight signatures with their help are most of it.
+Longer than 400 lines because ten signatures with their help are most of it.
 """
 
 from __future__ import annotations

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -27,6 +33,46 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """The same of a value as JSON."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def put(aside: Path, path: Path) -> None:
+    """Give a finished file or folder its place; of two writers that finish at once, the later one's stays."""
+    if not (aside.is_dir() or path.is_dir()):
+        aside.replace(path)
+        return
+    old = aside.with_suffix(".old")  # a folder cannot be replaced in one step: an older one steps aside first
+    while aside.exists():
+        with suppress(FileNotFoundError):
+            path.replace(old)
+        remove(old)
+        try:
+            aside.replace(path)
+        except OSError as error:  # the other writer was there first
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def remove(path: Path) -> None:
+    """A file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, wait_s: float = 0.0) -> Iterator[bool]:
+    """Whether this process alone holds a lock file, while it lasts; a process that ends lets go of it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=wait_s)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def sweep(folder: Path, name: str) -> None:

@@ -127,12 +127,10 @@ class Followed:
         except FileNotFoundError:  # between two looks
             return
         self.offset += len(whole) + len(end)
-        for line in whole.splitlines():
-            entry = _entry(line)
-            if entry is not None:
-                self.steps.append(entry["step"])
-                self.objectives.append(entry["objective"])
-                self.last = [*self.last[-1:], entry]
+        for entry in entries(whole + end):
+            self.steps.append(entry["step"])
+            self.objectives.append(entry["objective"])
+            self.last = [*self.last[-1:], entry]
 
     def cells(self, now: float) -> list[str]:
         """What the table shows of it, but for its name.
@@ -190,6 +188,12 @@ class Followed:
         steps = self.last[-1]["step"] - self.last[0]["step"] if len(self.last) > 1 else math.nan
         usual = steps / rate if rate > 0 and steps > 0 else 0.0
         return "running" if age <= max(SILENT_S, SILENT_ENTRIES * usual) else "silent"
+
+
+def entries(text: bytes) -> list[dict[str, float]]:
+    """The entries of a part of a history; a line that is cut at either end, or is none, is left out."""
+    found = (_entry(line) for line in text.rpartition(b"\n")[0].splitlines())
+    return [entry for entry in found if entry is not None]
 
 
 def _entry(line: bytes) -> dict[str, float] | None:

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from scipy.special import logsumexp
 
-from scivi.analysis import convergence, fit_rules, groups, pareto, verdict, weights
+from scivi.analysis import convergence, fit_rules, groups, verdict, weights
 from scivi.errors import DataError
 
 ENDS = {"stopped": "", "steps": 0, "restarts": 0}  # how each fit ended, and what holds where nothing is told
@@ -59,8 +58,8 @@ def each(tree: xr.DataTree, over: str | None = None) -> xr.Dataset:
     judged: list[tuple[str, str]] = []
     for k in range(stats.sizes[over]):
         own = joint.isel({over: k})
-        decisive = joint.attrs["few"] or bool((own["k_hat"] <= weights.USABLE_K).all())
-        found = {"reliability": own.assign_attrs(decisive=int(decisive))}
+        says = weights.decisive(joint.attrs["local_rows"], own["k_hat"].values)
+        found = {"reliability": own.assign_attrs(decisive=int(says))}
         if rows is not None:
             found["row_reliability"] = rows.isel({over: k})
         fit = {"stopped": None if told["stopped"] is None else str(told["stopped"][k])}
@@ -109,27 +108,24 @@ def _joint(tree: xr.DataTree, over: str, first: xr.DataTree) -> xr.Dataset:
     log_weight = (stats["lp"].astype(float) - stats["log_q"].astype(float)).isel(chain=0)
     log_weight = log_weight.transpose(over, "draw").values
     rows = groups.local_rows(first)
-    few = rows <= weights.FEW_ROWS
-    names = groups.population_names(first) + (groups.local_names(first) if few else [])
-    smoothed, k_hat = pareto.smooth(log_weight)
-    weight = np.exp(smoothed)
+    names = groups.population_names(first)
+    names += groups.local_names(first) if rows <= weights.FEW_ROWS else []
+    weight, numbers = weights.smoothed(log_weight)
     entries, parts = [], []
     for name in names:
         of_first = first.children["posterior"].dataset[name]
         entries += groups.labels(of_first.isel(chain=0, draw=0, drop=True))
         array = posterior[name].isel(chain=0).transpose(over, "draw", *groups.site_dims(of_first)).values
         own = [
-            weights._corrected(a.reshape(1, len(a), -1).astype(float), w[None])
+            weights.corrected(a.reshape(1, len(a), -1).astype(float), w[None])
             for a, w in zip(array, weight, strict=True)
         ]
         parts.append({key: np.stack([one[key] for one in own]) for key in own[0]})
     columns: dict[str, Any] = {}
     for key in parts[0] if parts else ():
         columns[key] = ((over, "variable"), np.concatenate([part[key] for part in parts], 1))
-    gap = np.asarray(logsumexp(log_weight, axis=-1)) - np.log(log_weight.shape[-1]) - log_weight.mean(-1)
-    numbers = {"k_hat": k_hat, "ess": pareto.effective_size(smoothed), "gap": gap}
     columns |= {key: ((over, "chain"), value[:, None]) for key, value in numbers.items()}
-    attrs = {"local_rows": rows, "few": int(few), "threshold": weights.USABLE_K}
+    attrs = {"local_rows": rows, "threshold": weights.USABLE_K}
     return xr.Dataset(columns, {"variable": np.array(entries, dtype=str)}, attrs)
 
 

@@ -56,9 +56,14 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
     rows = groups.local_rows(tree)
     names = groups.population_names(tree) + (groups.local_names(tree) if rows <= FEW_ROWS else [])
     found = _judged(tree, log_weight, names, threshold, shift)
-    decisive = rows <= FEW_ROWS or bool((found["k_hat"] <= threshold).all())
-    found["ok"] = found["ok"] & decisive
-    return found.assign_attrs(decisive=int(decisive), local_rows=rows)
+    says = decisive(rows, found["k_hat"].values, threshold)
+    found["ok"] = found["ok"] & says
+    return found.assign_attrs(decisive=int(says), local_rows=rows)
+
+
+def decisive(rows: int, k_hat: np.ndarray, threshold: float = USABLE_K) -> bool:
+    """Whether the joint weights say anything, of so many rows with latents: see `reliability`."""
+    return rows <= FEW_ROWS or bool((k_hat <= threshold).all())
 
 
 def _judged(
@@ -70,26 +75,40 @@ def _judged(
     some: np.ndarray | slice = slice(None),
 ) -> xr.Dataset:
     """k-hat, effective size and gap by chain; by variable, how far the weights move its mean."""
-    smoothed, k_hat = pareto.smooth(log_weight)
-    weight, posterior = np.exp(smoothed), groups.group(tree, "posterior").isel(draw=some)
+    weight, numbers = smoothed(log_weight)
+    posterior = groups.group(tree, "posterior").isel(draw=some)
     columns: dict[str, list[np.ndarray]] = {}
     entries: list[str] = []
     for name in names:
-        found = groups.entrywise(posterior[name], lambda values: _corrected(values, weight))
+        found = groups.entrywise(posterior[name], lambda values: corrected(values, weight))
         entries += groups.labels(found["mean"].rename(name))
         for key, array in found.data_vars.items():
             columns.setdefault(str(key), []).append(array.values.ravel())
     joined = {key: np.concatenate(parts) for key, parts in columns.items()}
     within = np.abs(joined["shift_sd"]) <= np.maximum(shift, 2 * joined["shift_mcse"])
-    joined["ok"] = within & bool((k_hat <= threshold).all())
+    joined["ok"] = within & bool((numbers["k_hat"] <= threshold).all())
     result = groups.table("variable", entries, joined, threshold=threshold)
-    gap = np.asarray(logsumexp(log_weight, axis=-1)) - np.log(log_weight.shape[-1]) - log_weight.mean(-1)
-    numbers = {"k_hat": k_hat, "ess": pareto.effective_size(smoothed), "gap": gap}
     return result.assign({key: ("chain", value) for key, value in numbers.items()})
 
 
-def _corrected(values: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
-    """Raw and reweighted means of (chain, draw, n), of the chain whose mean moves most."""
+def smoothed(log_weight: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Smoothed weights, (..., draw), summing to one, of log weights; and their k_hat, ess and gap, (...)."""
+    log_smooth, k_hat = pareto.smooth(log_weight)
+    gap = np.asarray(logsumexp(log_weight, axis=-1)) - np.log(log_weight.shape[-1]) - log_weight.mean(-1)
+    numbers = {"k_hat": k_hat, "ess": pareto.effective_size(log_smooth), "gap": gap}
+    return np.exp(log_smooth), numbers
+
+
+def corrected(values: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
+    """Raw and reweighted means of values (chain, draw, n), of the chain whose mean moves most.
+
+    Args:
+        values: of n variables.
+        weight: (chain, draw), smoothed and summing to one.
+
+    Returns:
+        By name, each (n,): mean, sd, corrected_mean, shift_sd and shift_mcse, as `reliability` tells them.
+    """
     mean, sd = values.mean(1), values.std(1)  # (chain, n)
     sd = np.where(sd > 0, sd, np.nan)
     excess = weight - 1 / weight.shape[1]  # corrected - raw = sum((w - 1/S) (x - mean))

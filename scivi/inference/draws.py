@@ -35,7 +35,7 @@ from scivi.inference.scores import Placed, particle_plate, quiet
 from scivi.inference.shards import collector
 from scivi.inference.state import Fit
 from scivi.inference.team import Team
-from scivi.inference.trees import SAMPLED, Named, plain_labels, units_of
+from scivi.inference.trees import SAMPLED, Named, data_groups, labels_of, plain_labels, units_of
 from scivi.inputs.batches import Batch, chunks, read_batch
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.sites import row_dim_of, sample_sites
@@ -102,12 +102,13 @@ def draw(
         _check_labels(one, source)
     chains = [_Chain(one, draws, stream_seed(seed + k, "draws")) for k, one in enumerate(fits)]
     units = units_of(template)
-    ours, pieces = collector(template.row_dims[0], _coords(fits, source, draws), units, to)
+    ours, pieces = collector(template.row_dims[0], labels_of(template, source, len(fits), draws), units, to)
     with pieces:
         first, *others = template.row_dims
         for number, rows, batch in _chunks(fits, source, draws, first, ours):
             found = [chain.rows(batch, number, refine, predictive) for chain in chains]
-            pieces.add(rows, {**_stacked(found), **_data(template, source, rows)})
+            index = {} if rows == slice(0, source.sizes[first]) else {first: np.arange(rows.start, rows.stop)}
+            pieces.add(rows, {**_stacked(found), **data_groups(template, source, index)})
         for k, row in enumerate(others, 1):
             for number, _, batch in _chunks(fits, source, draws, row, ours):
                 for chain in chains:
@@ -164,16 +165,6 @@ def _check_labels(fit: Fit, source: Any) -> None:
         )
 
 
-def _coords(fits: Sequence[Fit], source: Any, draws: int) -> dict[str, np.ndarray]:
-    """Labels of every dim of a result."""
-    template = fits[0].template
-    sizes = {**template.all_sizes(source.sizes), "chain": len(fits), "draw": draws}
-    coords = {
-        d: np.asarray(source.coords[d]) if d in source.sizes else np.arange(n) for d, n in sizes.items()
-    }
-    return coords | {d: np.asarray(labels) for d, labels in template.coords.items()}
-
-
 def _chunks(
     fits: Sequence[Fit], source: Any, draws: int, row: str, ours: Team
 ) -> Iterator[tuple[int, slice, Batch]]:
@@ -208,17 +199,6 @@ def _stacked(found: Sequence[Groups]) -> Groups:
                 joined = (*SAMPLED, *dims), np.stack(values)
             out.setdefault(group, {})[name] = joined
     return out
-
-
-def _data(template: Any, source: Any, rows: slice) -> Groups:
-    """Observed and given fields of some rows, as they were handed in."""
-    row = template.row_dims[0]
-    n = source.sizes[row]
-    table = source.read({} if rows == slice(0, n) else {row: np.arange(rows.start, rows.stop)})
-    return {
-        group: {n: (f.dims, table[n]) for n, f in template.told.items() if f.role == role}
-        for group, role in (("observed_data", "observed"), ("constant_data", "given"))
-    }
 
 
 def _totals(chains: Sequence[_Chain], source: Any) -> Named:

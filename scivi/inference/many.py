@@ -29,7 +29,17 @@ from scivi.inference.scores import log_prob, particle_plate, quiet
 from scivi.inference.sets import SHOWN, DataSets, open_sets
 from scivi.inference.slots import Course, Slots
 from scivi.inference.state import Fit, State, versions
-from scivi.inference.trees import SAMPLED, dataset, plain_labels, tree, units_of
+from scivi.inference.trees import (
+    IN_NATS,
+    SAMPLED,
+    Named,
+    data_groups,
+    dataset,
+    labels_of,
+    plain_labels,
+    tree,
+    units_of,
+)
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.sites import plates_of
@@ -243,36 +253,25 @@ class Fits(Mapping[Any, Fit]):
                 found = dims.function(token, *values, *self.sets.at(places))
                 parts.append([t.cpu().numpy() for t in found])
         joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
-        groups: dict[str, dict[str, Any]] = {}
+        groups: dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]] = {}
         for (group, name, own), values in zip(dims.names, joined, strict=True):
             arranged = np.moveaxis(values, 0, 1)[None]  # (chain, draw, over, *dims)
             groups.setdefault(group, {})[name] = ((*SAMPLED, self.over, *own), arranged)
         return self._tree(groups, draws, seed)
 
-    def _tree(self, groups: dict[str, dict[str, Any]], draws: int, seed: int) -> xr.DataTree:
+    def _tree(self, sampled: Mapping[str, Named], draws: int, seed: int) -> xr.DataTree:
         sets, template = self.sets, self.template
-        sizes = {**template.all_sizes(sets.source.sizes), "chain": 1, "draw": draws}
-        coords = {
-            d: np.asarray(sets.source.coords[d]) if d in sets.source.sizes else np.arange(n)
-            for d, n in sizes.items()
-        } | {d: np.asarray(labels) for d, labels in template.coords.items()}
-        table = sets.source.read({})
-        for group, role in (("observed_data", "observed"), ("constant_data", "given")):
-            groups[group] = {
-                n: (sets.source.fields[n].dims, table[n]) for n, f in template.told.items() if f.role == role
-            }
-        units, nats = (
-            units_of(template),
-            dict.fromkeys(["lp", "log_q", "row_log_weight", *template.observed], "nat"),
-        )
-        in_nats = ("log_likelihood", "sample_stats")
+        coords = labels_of(template, sets.source, 1, draws)
+        groups = {**sampled, **data_groups(template, sets.source, {})}
+        units = units_of(template)
+        nats = dict.fromkeys(["lp", "log_q", "row_log_weight", *template.observed], "nat")
         made = {
-            group: dataset(named, coords, nats if group in in_nats else units, sampled=False)
+            group: dataset(named, coords, nats if group in IN_NATS else units, sampled=False)
             for group, named in groups.items()
         }
         provenance = {
-            "template": template.name,
-            "prior": template.prior_numbers(),
+            **(identity := loop.identity_of(template, sets.source, self.plan)),
+            "data": {**identity["data"], "rows": list(template.row_dims)},
             "plan": self.plan.to_dict(),
             "seed": self.plan.seed,
             "versions": versions(),
@@ -280,11 +279,6 @@ class Fits(Mapping[Any, Fit]):
             "over": self.over,
             "draws": draws,
             "draw_seed": seed,
-            "data": {
-                "fingerprint": sets.source.fingerprint,
-                "sizes": dict(sets.source.sizes),
-                "rows": list(template.row_dims),
-            },
             "fit": {"engine": self.course.engine, "wall_s": round(self.course.wall_s, 3)},
         }
         return tree({**made, "history": self.history}, provenance)

@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
+from scivi.files import put, remove
 from scivi.models.template import Template
 
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]  # by variable: dims, and values with those dims
@@ -71,6 +72,24 @@ def units_of(template: Template) -> dict[str, str]:
     return {**{name: f.unit for name, f in template.fields.items()}, **template.units}
 
 
+def labels_of(template: Template, source: Any, chains: int, draws: int) -> dict[str, np.ndarray]:
+    """Labels of every dim of a result, those without names as numbers."""
+    sizes = {**template.all_sizes(source.sizes), "chain": chains, "draw": draws}
+    coords = {
+        d: np.asarray(source.coords[d]) if d in source.sizes else np.arange(n) for d, n in sizes.items()
+    }
+    return coords | {d: np.asarray(labels) for d, labels in template.coords.items()}
+
+
+def data_groups(template: Template, source: Any, index: Mapping[str, np.ndarray]) -> dict[str, Named]:
+    """Observed and given fields, of some rows or all, as they were handed in; by group."""
+    table = source.read(index)
+    return {
+        group: {n: (f.dims, table[n]) for n, f in template.told.items() if f.role == role}
+        for group, role in (("observed_data", "observed"), ("constant_data", "given"))
+    }
+
+
 def tree(groups: Mapping[str, xr.Dataset], provenance: Mapping[str, Any]) -> xr.DataTree:
     """All groups under one root, which carries the provenance as JSON."""
     root = xr.DataTree.from_dict({name: group for name, group in groups.items() if group.data_vars})
@@ -89,13 +108,13 @@ def save_tree(found: xr.DataTree | xr.Dataset, path: str | Path) -> Path:
             found.to_zarr(aside, mode="w", zarr_format=ZARR)
         else:
             found.to_netcdf(aside, engine="h5netcdf")
-        _put(aside, path)
+        put(aside, path)
     except RuntimeError as error:  # as which HDF5 tells of a full disk
         if number := re.search(r"errno = (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
     finally:
-        _remove(aside)
+        remove(aside)
     return path
 
 
@@ -112,29 +131,9 @@ def opened(path: Path) -> xr.DataTree:
     return xr.open_datatree(path, engine="zarr", chunks=None)
 
 
-def _remove(aside: Path) -> None:
-    """What a failed write has left."""
-    if aside.is_dir():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        aside.unlink(missing_ok=True)
-
-
 def _aside(path: Path) -> Path:
     """Where a file or folder is written before it takes its place."""
     return path.with_name(f".{path.name}.part")
-
-
-def _put(aside: Path, path: Path) -> None:
-    """Give a finished file or folder its place."""
-    if path.is_dir():  # a folder cannot be replaced in one step: the old one steps aside first
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.replace(old)
-        aside.replace(path)
-        shutil.rmtree(old)
-    else:
-        aside.replace(path)
 
 
 class Pieces:
@@ -214,7 +213,7 @@ class Pieces:
         import zarr
 
         zarr.consolidate_metadata(str(self.store), zarr_format=ZARR)
-        _put(self.store, self.to)
+        put(self.store, self.to)
         return opened(self.to)
 
     def _units(self, group: str, named: Named) -> Mapping[str, str]:

@@ -219,7 +219,7 @@ def cancel(folder: Path) -> int:
     return told_to
 
 
-def retry(folder: Path, manifest: Manifest, *, all_causes: bool = False) -> list[Row]:
+def retry(folder: Path, manifest: Manifest, *, all_causes: bool = False) -> None:
     """Forget the failures that a machine caused (or all), so that the fits can be run again.
 
     Args:
@@ -227,7 +227,6 @@ def retry(folder: Path, manifest: Manifest, *, all_causes: bool = False) -> list
         manifest: of the study.
         all_causes: also those by data, plan or divergence.
     """
-    forgotten = []
     for row in manifest.rows:
         fit = place(folder, row)
         result = told(fit / "result.json")
@@ -236,8 +235,6 @@ def retry(folder: Path, manifest: Manifest, *, all_causes: bool = False) -> list
             (fit / "result.json").unlink()
             if all_causes and result["cause"] != "machine":  # it would go on from where it diverged
                 (fit / "checkpoint.safetensors").unlink(missing_ok=True)
-            forgotten.append(row)
-    return forgotten
 
 
 def snakefile(folder: Path, manifest: Manifest) -> str:

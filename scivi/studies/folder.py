@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from scivi.files import locked
 from scivi.studies.manifest import Manifest, Row
+from scivi.watch import HISTORY, entries
 
 STATES = ("done", "running", "queued", "waiting", "stopped", "vanished", "failed")
 ENDED = ("done", "failed")
@@ -68,31 +68,19 @@ def told(path: Path) -> dict[str, Any]:
 def claimed(fit: Path, wait_s: float = 0.0) -> Iterator[bool]:
     """Whether this process has the fit's folder to itself, while it lasts."""
     fit.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(fit / ".lock")
-    try:
-        lock.acquire(timeout=wait_s)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with locked(fit / ".lock", wait_s) as ours:
+        yield ours
 
 
 def is_claimed(fit: Path) -> bool:
     """Whether some process has the fit's folder to itself."""
     if not (fit / ".lock").exists():
         return False
-    lock = FileLock(fit / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
+        with locked(fit / ".lock") as free:
+            return not free
     except PermissionError:  # another user's study: nothing more can be learnt
         return False
-    lock.release()
-    return False
 
 
 def jobs_of(folder: Path) -> dict[str, str]:
@@ -132,7 +120,7 @@ def _standing(folder: Path, row: Row, job: str | None) -> Standing:
     result, attempt = told(fit / "result.json"), told(fit / "attempt.json")
     if result:
         return Standing(row, result["state"], result)
-    last = _last(fit / "history.jsonl")
+    last = _last(fit / HISTORY)
     if job == "running" or is_claimed(fit):
         return Standing(row, "running", attempt, last)
     if job == "queued":
@@ -143,16 +131,11 @@ def _standing(folder: Path, row: Row, job: str | None) -> Standing:
 
 
 def _last(path: Path, bytes_read: int = 4096) -> dict[str, float]:
-    """The last whole line of a history."""
+    """The last entry of a history."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - bytes_read))
-            lines = file.read().split(b"\n")
+            found = entries(file.read())
     except FileNotFoundError:
         return {}
-    for line in reversed(lines[:-1]):  # after the last newline may stand a line that is not whole
-        try:
-            return json.loads(line)
-        except json.JSONDecodeError:  # cut at the front
-            continue
-    return {}
+    return found[-1] if found else {}

@@ -8,11 +8,8 @@ Written fit by fit: memory does not grow with their number. Loads no torch.
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import xarray as xr
 from scivi.analysis import skeleton
 from scivi.analysis.page import TONE
 from scivi.errors import StudyError
+from scivi.files import put, remove
 from scivi.studies.folder import Standing, place, standings
 from scivi.studies.manifest import Manifest
 
@@ -95,6 +93,7 @@ def gather(folder: Path, to: Path | None = None) -> Path:
     to = folder / "gathered.zarr" if to is None else to
     to.parent.mkdir(parents=True, exist_ok=True)
     aside = to.with_name(f".{to.name}.{os.getpid()}.part")  # two may gather at the same time
+    whole = aside.with_suffix(".nc")
     try:
         table = diagnostics(folder, manifest)
         table.to_zarr(aside, group="diagnostics", mode="w", consolidated=False, zarr_format=_ZARR)
@@ -104,29 +103,15 @@ def gather(folder: Path, to: Path | None = None) -> Path:
 
         zarr.consolidate_metadata(str(aside), zarr_format=_ZARR)
         if to.suffix == ".nc":
-            whole = aside.with_suffix(".nc")
             with xr.open_datatree(aside, engine="zarr", chunks=None) as tree:
                 tree.to_netcdf(whole, engine="h5netcdf")
-            whole.replace(to)
+            put(whole, to)
         else:
-            _put(aside, to)
+            put(aside, to)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
+        remove(whole)
     return to
-
-
-def _put(aside: Path, to: Path) -> None:
-    """Give a finished folder its place, from which an older one steps aside first."""
-    old = aside.with_suffix(".old")
-    while aside.exists():
-        with suppress(FileNotFoundError):
-            to.replace(old)
-        shutil.rmtree(old, ignore_errors=True)
-        try:
-            aside.replace(to)
-        except OSError as error:  # whoever gathers at the same time was there first
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
 
 
 def _groups(folder: Path, manifest: Manifest) -> dict[str, list[Standing]]:

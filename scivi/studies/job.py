@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xarray as xr
-from filelock import FileLock, Timeout
 
 from scivi.errors import CheckpointError, DataError, PlanError, TemplateError, listed
+from scivi.files import locked
 from scivi.inference.plan import Plan
 
 if TYPE_CHECKING:
@@ -218,15 +218,10 @@ def run(
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Refuse to share a folder with another process."""
-    lock = FileLock(out / ".fit.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CheckpointError(f'"{out}" is in use: another process is fitting there.') from None
-    try:
+    with locked(out / ".fit.lock") as ours:
+        if not ours:
+            raise CheckpointError(f'"{out}" is in use: another process is fitting there.')
         yield
-    finally:
-        lock.release()
 
 
 def _entries(template: Template, source: Any) -> int:

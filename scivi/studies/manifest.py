@@ -171,41 +171,26 @@ class Manifest:
         return cls(told["name"], told["folder"], rows, Resources.of(told["resources"]), **rest)
 
 
-_TOP = {
-    "name": str,
-    "seeds": list,
-    "draws": int,
-    "retries": int,
-    "report": bool,
-    "resources": dict,
-    "plans": dict,
-    "priors": dict,
+# what each table of a study file holds
+_TOP: dict[str, Any] = {
+    **{"name": str, "seeds": list, "draws": int, "retries": int, "report": bool},
+    **dict.fromkeys(("resources", "plans", "priors"), dict),
     "fits": list,
 }
-_OF_FITS = {
-    "template": (str, list),
-    "data": (str, list),
-    "plans": list,
-    "priors": list,
-    "seeds": list,
-    "make": dict,
-    "dims": dict,
-    "columns": dict,
-    "select": dict,
+_OF_FITS: dict[str, Any] = {
+    **dict.fromkeys(("template", "data"), (str, list)),
+    **dict.fromkeys(("plans", "priors", "seeds"), list),
+    **dict.fromkeys(("make", "dims", "columns", "select"), dict),
     "draws": int,
 }
-_OF_RESOURCES = {
+_OF_RESOURCES: dict[str, Any] = {
     "time": (str, int),
-    "memory": str,
-    "cpus": int,
-    "gpus": int,
-    "partition": str,
-    "at_once": int,
-    "warn_s": int,
-    "sbatch": list,
-    "before": list,
-    "python": str,
+    **dict.fromkeys(("memory", "partition", "python"), str),
+    **dict.fromkeys(("cpus", "gpus", "at_once", "warn_s"), int),
+    **dict.fromkeys(("sbatch", "before"), list),
 }
+_WORDS = {str: "text", int: "a whole number", list: "a list", dict: "a table", bool: "true or false"}
+_AT_LEAST_ONE = ("cpus", "at_once", "draws")
 
 
 def expanded(path: str | Path) -> Manifest:
@@ -255,21 +240,12 @@ def _wrong(table: Any, known: Mapping[str, Any], what: str) -> list[str]:
             near = difflib.get_close_matches(name, known, n=1)
             guess = f'; did you mean "{near[0]}"?' if near else f"; it has {', '.join(known)}"
             faults.append(f'{what} has no "{name}"{guess}')
-        elif not isinstance(value, known[name]) or (isinstance(value, bool) and known[name] is not bool):
-            kinds = known[name] if isinstance(known[name], tuple) else (known[name],)
-            words = {
-                str: "text",
-                int: "a whole number",
-                list: "a list",
-                dict: "a table",
-                bool: "true or false",
-            }
-            faults.append(f"{what}: {name} = {value!r}; it must be {' or '.join(words[k] for k in kinds)}")
-        elif (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and value < (name in ("cpus", "at_once", "draws"))
-        ):
+            continue
+        kinds = known[name] if isinstance(known[name], tuple) else (known[name],)
+        if type(value) not in kinds:  # and not isinstance: true is no number
+            words = " or ".join(_WORDS[k] for k in kinds)
+            faults.append(f"{what}: {name} = {value!r}; it must be {words}")
+        elif type(value) is int and value < (name in _AT_LEAST_ONE):
             faults.append(f"{what}: {name} = {value!r}; that is too few")
     return faults
 
@@ -303,7 +279,7 @@ def _faults_of_fits(block: Mapping[str, Any], table: Mapping[str, Any], folder: 
             faults.append(f'data "{pattern}": no file of that name')
     for kind in ("plans", "priors"):
         known = table.get(kind)
-        for name in block.get(kind, []):
+        for name in _several(block.get(kind, [])):
             if name != DEFAULT and not (isinstance(known, dict) and name in known):
                 faults.append(f"there is no [{kind}.{name}]")
     seeds = block.get("seeds", table.get("seeds", [0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import time
@@ -16,12 +17,12 @@ import xarray as xr
 
 import scivi
 from domains.astrophysics import photons
-from tests.studies.material import TEMPLATE, environment, schools, states
+from tests.studies.material import LONG, TEMPLATE, environment, schools, states
 from tests.studies.material import scivi as command
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
-STUDY = """
+STUDY = f"""
 draws = 50
 report = false
 
@@ -32,14 +33,7 @@ memory = "900M"
 [plans.short]
 steps = 100
 
-[plans.long]
-steps = 1000
-stop = "none"
-compile = "off"
-log_every = 20
-newton = false
-estimator = "trace"
-
+{LONG}
 [[fits]]
 template = "my_model:schools"
 data = "schools_*.nc"
@@ -217,4 +211,13 @@ def test_login_commands_need_no_torch(story):
     assert "23 done, 1 failed" in command("study", "status", story.here / "cluster", env=bare).stdout
     assert "23 done, 1 failed" in command("study", "watch", story.here / "cluster", env=bare).stdout
     command("study", "report", story.here / "cluster", env=bare)
-    assert "my_model" not in (story.here / "cluster" / "study.html").read_text()[:100]
+    page = (story.here / "cluster" / "study.html").read_text()
+    assert set(re.findall("<h2>(.*?)</h2>", page)) == {
+        "schools / schools_0.nc",
+        "schools / schools_1.nc",
+        "schools / bad.nc",
+        "photons / field.nc",
+        "from_data / prices.csv",
+    }
+    assert page.count('href="fits/') == 0  # the study asks for no pages of its fits
+    assert page.count(">failed<") == 1

@@ -44,6 +44,17 @@ schools = Template(
 )
 """
 
+# a fit that takes all of its steps, and is met on its way where each takes a while (PACE)
+LONG = """
+[plans.long]
+steps = 1000
+stop = "none"
+compile = "off"
+log_every = 20
+newton = false
+estimator = "trace"
+"""
+
 WITHOUT_TORCH = """
 import sys
 class Refused:
