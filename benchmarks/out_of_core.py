@@ -37,7 +37,6 @@ from typing import Any
 import anndata
 import numpy as np
 import torch
-import xarray as xr
 from citeseq_vs_totalvi import peak_gb
 from record import use_threads, write_json
 
@@ -105,8 +104,7 @@ def run(stage: str, path: Path, beside: Path, given: argparse.Namespace) -> dict
         fit = scivi.load(beside / "fit", template=template)
         scivi.draw(fit, opened(path), given.draws, to=beside / "posterior.zarr")
     else:
-        tree = xr.open_datatree(beside / "posterior.zarr", engine="zarr", chunks=None)
-        scivi.analysis.report(tree, to=beside / "report.html")
+        scivi.analysis.report(beside / "posterior.zarr", to=beside / "report.html")
     return {"import_gb": before, "gb": peak_gb(), "s": time.perf_counter() - begun, **told}
 
 

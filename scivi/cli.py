@@ -20,6 +20,7 @@ import xarray as xr
 from typer.core import TyperGroup
 
 from scivi.errors import DataError, FitError, SciVIError, TemplateError
+from scivi.files import opened
 from scivi.inference.plan import Plan
 from scivi.studies import commands as studies
 from scivi.studies import job as jobs
@@ -441,8 +442,7 @@ def _tree(path: Path) -> xr.DataTree:
     if not path.exists():
         raise DataError(f'there is no "{path}".')
     try:
-        engine = "zarr" if path.is_dir() else "h5netcdf"
-        return xr.open_datatree(path, engine=engine, decode_timedelta=False)
+        return opened(path)
     except (OSError, ValueError) as error:
         raise DataError(f'"{path}" is no posterior that can be read: {error}') from None
 

@@ -88,6 +88,27 @@ def local_rows(tree: xr.DataTree) -> int:
     return int(np.prod([weight.sizes[d] for d in site_dims(weight)]))
 
 
+def some_rows(tree: xr.DataTree, most: int, *, seed: int = 0) -> xr.DataTree:
+    """A tree with so many of its rows, chosen at random; the tree itself if it has no more."""
+    row, n = row_dim(tree), rows(tree)
+    if row is None or n <= most:
+        return tree
+    kept = np.sort(np.random.default_rng(seed).choice(n, most, replace=False, shuffle=False))
+    parts = {
+        name: node.to_dataset(inherit=False).isel({row: kept}, missing_dims="ignore")
+        for name, node in tree.children.items()
+    }
+    chosen = xr.DataTree.from_dict(parts)
+    chosen.attrs = tree.attrs
+    return chosen
+
+
+def rows(tree: xr.DataTree) -> int:
+    """Number of rows of the data, 0 if the tree does not say."""
+    row = row_dim(tree)
+    return max((node.sizes.get(row, 0) for node in tree.children.values()), default=0)
+
+
 def population_names(tree: xr.DataTree) -> list[str]:
     """Numeric posterior variables that do not run over rows."""
     row = row_dim(tree)

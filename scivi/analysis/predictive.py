@@ -151,7 +151,9 @@ def _by_draw(array: xr.DataArray) -> Iterator[np.ndarray]:
             yield part.reshape(part.shape[0], -1).astype(float)
 
 
-def loo(tree: xr.DataTree, *, threshold: float = 0.7, rows: xr.Dataset | None = None) -> xr.Dataset:
+def loo(
+    tree: xr.DataTree, *, threshold: float = 0.7, rows: xr.Dataset | None = None, share: float = 1.0
+) -> xr.Dataset:
     """Expected log predictive density of a row left out, corrected for the approximation.
 
     Rows without latents of their own, per observed site: with r_s = p(x, theta_s) / q(theta_s) / p(x_i |
@@ -168,6 +170,8 @@ def loo(tree: xr.DataTree, *, threshold: float = 0.7, rows: xr.Dataset | None = 
         tree: with log_likelihood, or sample_stats/row_log_weight.
         threshold: largest k-hat of a row to accept.
         rows: the result of `weights.row_reliability`, if at hand.
+        share: of all rows, for which the rows of the tree stand if they were chosen at random; elpd, se and
+            p_loo are those of all.
 
     Returns:
         Dim variable, one entry per observed site (or the one entry "row"): elpd, se, p_loo (NaN where rows
@@ -194,7 +198,8 @@ def loo(tree: xr.DataTree, *, threshold: float = 0.7, rows: xr.Dataset | None = 
         there = np.isfinite(elpd)  # missing observations have no density
         n, bad = int(there.sum()), float((k_hat[there] > threshold).mean())
         p_loo = float(found["p_loo"].values.ravel()[there].sum())
-        row = (elpd[there].sum(), np.sqrt(n * elpd[there].var()), p_loo, n, bad, bad <= 0.01)
+        elpd_se = np.sqrt(n * elpd[there].var())
+        row = (elpd[there].sum() / share, elpd_se / share, p_loo / share, n, bad, bad <= 0.01)
         for key, value in zip(columns, row, strict=True):
             columns[key].append(float(value))
         pointwise |= {f"elpd_{name}": found["elpd"], f"k_hat_{name}": found["k_hat"]}

@@ -9,14 +9,19 @@ import numpy as np
 import xarray as xr
 
 from scivi.analysis import groups, page, verdict
+from scivi.analysis.check import note
+from scivi.files import opened
+
+MOST_ROWS = 2**17  # our choice: a share of 1 % of the rows is known to .03 points
 
 
 def report(
-    tree: xr.DataTree,
+    tree: xr.DataTree | str | Path,
     *,
     reference: xr.DataTree | None = None,
     truth: xr.Dataset | None = None,
     to: str | Path | None = None,
+    rows: int = MOST_ROWS,
 ) -> xr.Dataset:
     """Say whether to believe a posterior, and why.
 
@@ -40,10 +45,12 @@ def report(
     Doubts about the model rather than the fit (predictive checks, PIT) ask for care.
 
     Args:
-        tree: a posterior, from ``draw``, ``predict`` or ``nuts``, or read from disk.
+        tree: a posterior, from ``draw``, ``predict`` or ``nuts``, or the .nc or .zarr that holds one.
         reference: a NUTS posterior of the same model and data, or of some of its rows.
         truth: the values that made simulated data, by variable.
         to: file to write the page to; folders are made. None: no page.
+        rows: how many rows are examined, chosen at random, if there are more. Whether draws are finite is
+            asked of all, and beside a reference so is all else.
 
     Returns:
         Dim check: value, threshold, ok, counts ("decides", "care", "note"), sentence, advice. Attributes
@@ -53,11 +60,18 @@ def report(
         DataError: the tree has no posterior, or reference or truth share nothing with it.
 
     Notes:
-        Reads the tree in blocks; memory does not grow with rows but for a few numbers per row. About 20 s for
-        1e5 rows of a thousand draws.
+        Reads the tree in blocks, with a few numbers in memory for each row that is examined. A share of rows
+        that is 1 % among 131,072 of them is known to .03 points (one standard error). About 20 s for 1e5 rows
+        of a thousand draws.
     """
-    found = verdict.measure(tree, reference, truth)
+    if not isinstance(tree, xr.DataTree):
+        tree = opened(Path(tree))
+    some = tree if reference is not None else groups.some_rows(tree, rows)
+    found = verdict.measure(some, reference, truth, whole=tree)
     results = verdict.checks(tree, found)
+    if some is not tree:
+        text = f"{rows:,} of {groups.rows(tree):,} rows, chosen at random, were examined."
+        results.append(note("rows examined", text, rows))
     word, why, advice = verdict.conclude(results)
     columns = {
         "value": np.array([c.value for c in results], float),
@@ -70,5 +84,5 @@ def report(
     if to is not None:
         path = Path(to)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page.render(tree, found, result, reference), encoding="utf-8")
+        path.write_text(page.render(some, found, result, reference), encoding="utf-8")
     return result

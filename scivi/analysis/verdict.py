@@ -33,13 +33,24 @@ MINOR = {
 
 
 def measure(
-    tree: xr.DataTree, reference: xr.DataTree | None = None, truth: xr.Dataset | None = None
+    tree: xr.DataTree,
+    reference: xr.DataTree | None = None,
+    truth: xr.Dataset | None = None,
+    whole: xr.DataTree | None = None,
 ) -> dict[str, xr.Dataset]:
-    """Every diagnostic that the tree has the groups for, by name of its function."""
+    """Every diagnostic that the tree has the groups for, by name of its function.
+
+    Args:
+        tree: a posterior.
+        reference: a NUTS posterior to compare it with.
+        truth: the values that made simulated data, to compare it with.
+        whole: the posterior with all its rows, if the tree has some of them.
+    """
+    whole = tree if whole is None else whole
     found = {"summary": comparison.summary(tree), "restarts": convergence.restarts(tree)}
     svi = groups.provenance(tree).get("method", "svi") == "svi"
     if svi and groups.has(tree, "sample_stats", "lp", "log_q"):
-        found["reliability"] = weights.reliability(tree)
+        found["reliability"] = weights.reliability(whole)
     if svi and groups.has(tree, "sample_stats", "row_log_weight"):
         found["row_reliability"] = weights.row_reliability(tree)
     if groups.has(tree, "history", "objective"):
@@ -52,7 +63,8 @@ def measure(
         found["predictive_check"] = predictive.predictive_check(tree)
         found["pit"] = predictive.pit(tree)
     if groups.local_rows(tree) or "log_likelihood" in tree.children:
-        found["loo"] = predictive.loo(tree, rows=found.get("row_reliability"))
+        share = 1.0 if whole is tree else groups.rows(tree) / groups.rows(whole)
+        found["loo"] = predictive.loo(tree, rows=found.get("row_reliability"), share=share)
     if truth is not None:
         found["coverage"] = calibration.coverage(tree, truth)
     if reference is not None:

@@ -108,7 +108,7 @@ def draw(
         for number, rows, batch in _chunks(fits, source, draws, first, ours):
             found = [chain.rows(batch, number, refine, predictive) for chain in chains]
             index = {} if rows == slice(0, source.sizes[first]) else {first: np.arange(rows.start, rows.stop)}
-            pieces.add(rows, {**_stacked(found), **data_groups(template, source, index)})
+            pieces.add(rows, {**_stacked(found), **data_groups(template.told, source, index)})
         for k, row in enumerate(others, 1):
             for number, _, batch in _chunks(fits, source, draws, row, ours):
                 for chain in chains:

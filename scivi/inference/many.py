@@ -261,8 +261,9 @@ class Fits(Mapping[Any, Fit]):
 
     def _tree(self, sampled: Mapping[str, Named], draws: int, seed: int) -> xr.DataTree:
         sets, template = self.sets, self.template
+        fields = {name: sets.source.fields[name] for name in template.told}
         coords = labels_of(template, sets.source, 1, draws)
-        groups = {**sampled, **data_groups(template, sets.source, {})}
+        groups = {**sampled, **data_groups(fields, sets.source, {})}
         units = units_of(template)
         nats = dict.fromkeys(["lp", "log_q", "row_log_weight", *template.observed], "nat")
         made = {

@@ -7,15 +7,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
+from scivi.files import opened
 from scivi.inference.team import Team, team
-from scivi.inference.trees import ZARR, Named, Pieces, dataset, opened
+from scivi.inference.trees import ZARR, Named, Pieces, dataset
 
 
 def collector(
-    row: str, coords: Mapping[str, np.ndarray], units: Mapping[str, str], to: str | Path | None
+    row: str, coords: Mapping[str, Any], units: Mapping[str, str], to: str | Path | None
 ) -> tuple[Team, Pieces | Shards]:
     """What takes in draws some rows at a time, and the processes that share the rows.
 
@@ -65,7 +65,7 @@ class Shards:
         for group, named in groups.items():
             local = {name: v for name, v in named.items() if row in v[0]}
             if local:
-                piece = dataset(local, {}, {}, sampled=False)
+                piece = dataset(local, {row: self.coords[row][rows]}, {}, sampled=False)
                 how: dict[str, Any] = {"consolidated": False, "zarr_format": ZARR}
                 piece.to_zarr(self.pieces.store, group=group, mode="r+", region={row: rows}, **how)
 
@@ -85,13 +85,11 @@ class Shards:
             self._begun = True
 
     def _grow(self) -> None:
-        """Let the store have room for all rows, and all their labels."""
+        """Let the store have room for all rows."""
         import zarr
 
-        row, labels = self.pieces.row, self.pieces.coords[self.pieces.row]
+        row, n = self.pieces.row, len(self.coords[self.pieces.row])
         for group in self.pieces.begun:
             for _, array in zarr.open_group(self.pieces.store, path=group, zarr_format=ZARR).arrays():
                 dims: Any = array.attrs["_ARRAY_DIMENSIONS"]
-                array.resize([len(labels) if d == row else n for d, n in zip(dims, array.shape, strict=True)])
-            named = xr.Dataset(coords={row: np.asarray(labels)})
-            named.to_zarr(self.pieces.store, group=group, mode="a", consolidated=False, zarr_format=ZARR)
+                array.resize([n if d == row else own for d, own in zip(dims, array.shape, strict=True)])

@@ -15,13 +15,13 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from scivi.files import put, remove
+from scivi.files import opened, put, remove
+from scivi.inputs.fields import Field
 from scivi.models.template import Template
 
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]  # by variable: dims, and values with those dims
 SAMPLED = ("chain", "draw")
 IN_NATS = ("log_likelihood", "sample_stats")  # groups of log densities
-MOST_INDEXED = 2**18  # rows whose labels are indexed in every group (our choice: 100 MB of five groups)
 ZARR = 2  # format 3 has no settled text type yet
 
 
@@ -72,20 +72,23 @@ def units_of(template: Template) -> dict[str, str]:
     return {**{name: f.unit for name, f in template.fields.items()}, **template.units}
 
 
-def labels_of(template: Template, source: Any, chains: int, draws: int) -> dict[str, np.ndarray]:
-    """Labels of every dim of a result, those without names as numbers."""
+def labels_of(template: Template, source: Any, chains: int, draws: int) -> dict[str, Any]:
+    """Labels of every dim of a result, those without names as numbers; of rows to be read in parts."""
     sizes = {**template.all_sizes(source.sizes), "chain": chains, "draw": draws}
-    coords = {
-        d: np.asarray(source.coords[d]) if d in source.sizes else np.arange(n) for d, n in sizes.items()
-    }
+    coords = {d: source.coords[d] if d in source.sizes else np.arange(n) for d, n in sizes.items()}
+    row = template.row_dims[0]
+    if hasattr(source.coords, "parts"):
+        coords[row] = source.coords.parts(row)
     return coords | {d: np.asarray(labels) for d, labels in template.coords.items()}
 
 
-def data_groups(template: Template, source: Any, index: Mapping[str, np.ndarray]) -> dict[str, Named]:
+def data_groups(
+    fields: Mapping[str, Field], source: Any, index: Mapping[str, np.ndarray]
+) -> dict[str, Named]:
     """Observed and given fields, of some rows or all, as they were handed in; by group."""
     table = source.read(index)
     return {
-        group: {n: (f.dims, table[n]) for n, f in template.told.items() if f.role == role}
+        group: {n: (f.dims, table[n]) for n, f in fields.items() if f.role == role}
         for group, role in (("observed_data", "observed"), ("constant_data", "given"))
     }
 
@@ -118,19 +121,6 @@ def save_tree(found: xr.DataTree | xr.Dataset, path: str | Path) -> Path:
     return path
 
 
-def opened(path: Path) -> xr.DataTree:
-    """A tree in a .zarr, read lazily; of very many rows even the labels, so that ``sel`` by them needs more.
-
-    An index over labels takes memory in every group that has them: ``tree[group].to_dataset().set_xindex``
-    makes one.
-    """
-    plain = xr.open_datatree(path, engine="zarr", chunks=None, create_default_indexes=False)
-    if max(n for node in plain.leaves for n in node.sizes.values()) > MOST_INDEXED:
-        return plain
-    plain.close()
-    return xr.open_datatree(path, engine="zarr", chunks=None)
-
-
 def _aside(path: Path) -> Path:
     """Where a file or folder is written before it takes its place."""
     return path.with_name(f".{path.name}.part")
@@ -141,13 +131,13 @@ class Pieces:
 
     Args:
         row: the dim along which pieces follow one another.
-        coords: labels of all dims, whole.
+        coords: labels of all dims; those of rows are read as the rows come if they go to a .zarr.
         units: by variable.
         to: a file for the tree; with .zarr memory does not grow with the rows.
     """
 
     def __init__(
-        self, row: str, coords: Mapping[str, np.ndarray], units: Mapping[str, str], to: str | Path | None
+        self, row: str, coords: Mapping[str, Any], units: Mapping[str, str], to: str | Path | None
     ) -> None:
         self.row, self.coords, self.units = row, coords, units
         self.to = None if to is None else Path(to)

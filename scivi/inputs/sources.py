@@ -34,6 +34,32 @@ _HASHES = 2**20  # hashes of labels that are compared at a time (our choice: 8 M
 _MOST_LABELS = 1_000_000  # labels that are read to warn of repeated ones (our choice)
 
 
+class SomeLabels:
+    """Labels of a dim of which only a part need be in memory: ``labels[3:5]`` reads two.
+
+    All parts of text have one type, as wide as the longest label.
+
+    Args:
+        column: where they are.
+    """
+
+    def __init__(self, column: Column) -> None:
+        self._column, self._text = column, None
+        if column.dtype.kind in "OT":
+            widths = (len(str(label)) for some in _in_chunks(column) for label in some)
+            self._text = f"U{max(widths, default=1)}"
+
+    def __len__(self) -> int:
+        return self._column.shape[0]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        labels = np.asarray(self._column.get([np.arange(len(self))[part]]))
+        return labels if self._text is None else np.array(labels.tolist(), self._text)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+
 class _Labels(Mapping[str, np.ndarray]):
     """Labels by dim, read when asked for: those of a long dim need not be in memory."""
 
@@ -41,10 +67,11 @@ class _Labels(Mapping[str, np.ndarray]):
         self._sizes, self._columns = sizes, columns
 
     def __getitem__(self, dim: str) -> np.ndarray:
-        if dim not in self._columns:
-            return np.arange(self._sizes[dim])
-        labels = np.asarray(self._columns[dim].get([None]))
-        return np.array(labels.tolist(), str) if labels.dtype.kind in "OT" else labels
+        return np.asarray(self.parts(dim))
+
+    def parts(self, dim: str) -> np.ndarray | SomeLabels:
+        """Those of a long dim, of which parts can be read; numbers where it has none."""
+        return SomeLabels(self._columns[dim]) if dim in self._columns else np.arange(self._sizes[dim])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sizes)

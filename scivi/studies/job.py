@@ -246,6 +246,8 @@ def judge(tree: xr.DataTree, page: Path | None, figures: Path | None = None, **b
         **beside: reference and truth, as ``scivi.analysis.report`` takes them.
     """
     import scivi.analysis as analysis
+    from scivi.analysis import groups
+    from scivi.analysis.report import MOST_ROWS
 
     table = analysis.report(tree, to=page, **beside)
     summary = {"verdict": table.attrs["verdict"], "why": json.loads(table.attrs["why"])}
@@ -253,6 +255,7 @@ def judge(tree: xr.DataTree, page: Path | None, figures: Path | None = None, **b
     if figures is None:
         return summary
     figures.mkdir(parents=True, exist_ok=True)
+    tree = groups.some_rows(tree, MOST_ROWS)
     for name in ("population", "row_k", "catalogue", "predictive", "history"):
         try:
             figure = getattr(analysis, f"plot_{name}")(tree)

@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xarray as xr
 
 from scivi.errors import FitError, SciVIError
-from scivi.files import write_json
+from scivi.files import opened, write_json
 from scivi.studies.folder import claimed, place, told
 from scivi.studies.job import run
 from scivi.studies.manifest import Manifest, Row
@@ -123,8 +122,7 @@ def _score(posterior: Path) -> dict[str, Any]:
     """Expected log density of held-out entries, by leave-one-out from the draws; nats, with its error."""
     from scivi import analysis
 
-    engine = "zarr" if posterior.is_dir() else "h5netcdf"
-    with xr.open_datatree(posterior, engine=engine) as tree:
+    with opened(posterior) as tree:
         if "log_likelihood" not in tree.children:
             return {}
         found = analysis.loo(tree)
