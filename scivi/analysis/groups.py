@@ -94,11 +94,10 @@ def some_rows(tree: xr.DataTree, most: int, *, seed: int = 0) -> xr.DataTree:
     if row is None or n <= most:
         return tree
     kept = np.sort(np.random.default_rng(seed).choice(n, most, replace=False, shuffle=False))
-    parts = {
-        name: node.to_dataset(inherit=False).isel({row: kept}, missing_dims="ignore")
-        for name, node in tree.children.items()
-    }
-    chosen = xr.DataTree.from_dict(parts)
+    parts = {name: node.to_dataset(inherit=False) for name, node in tree.children.items()}
+    chosen = xr.DataTree.from_dict(
+        {name: p.isel({row: kept}) if p.sizes.get(row) == n else p for name, p in parts.items()}
+    )
     chosen.attrs = tree.attrs
     return chosen
 

@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 from scipy.stats import cauchy, expon, norm
 
-from scivi.analysis import report
+from scivi.analysis import groups, loo, report
 
 FINISH = {
     "method": "importance sampling",
@@ -221,3 +221,33 @@ def test_tree_from_disk_without_torch_gives_the_same_report(catalogue, tmp_path)
     assert there.attrs == here.attrs
     np.testing.assert_allclose(there["value"], here["value"], rtol=1e-12)
     there.close()
+
+
+def test_some_rows_stand_for_all(catalogue):
+    """A guide of .6 of the true sd: what 500 rows of 2000 tell, within 4 standard errors of what all do.
+
+    Rows are drawn without replacement, which leaves sqrt(1 - 500 / 2000) of the error.
+    """
+    tree, rest = catalogue(rows=2000, draws=200, scale=0.6, extra=False), (1 - 500 / 2000) ** 0.5
+    whole, some = report(tree), report(tree, rows=500)
+    assert some.attrs["verdict"] == whole.attrs["verdict"] == "do not trust"
+    assert "500 of 2,000 rows, chosen at random, were examined." in some["sentence"].values
+    name, (all_, part) = "rows with poor weights", (groups.some_rows(tree, n) for n in (2000, 500))
+    share = float(whole["value"].sel(check=name))
+    error = rest * (share * (1 - share) / 500) ** 0.5
+    assert abs(float(some["value"].sel(check=name)) - share) < 4 * error
+    exact, estimate = loo(all_)["elpd"].item(), loo(part, share=0.25)
+    assert abs(estimate["elpd"].item() - exact) < 4 * rest * estimate["se"].item()
+    assert part.posterior.sizes["source"] == 500
+    xr.testing.assert_identical(
+        part.posterior.to_dataset(), tree.posterior.to_dataset().sel(source=part.posterior["source"].values)
+    )
+    assert groups.some_rows(tree, 2000) is tree
+
+
+def test_a_broken_draw_is_found_among_rows_that_are_not_examined(catalogue):
+    tree = catalogue(rows=300, draws=50, extra=False)
+    kept = groups.some_rows(tree, 60).posterior["source"].values
+    left = next(k for k, name in enumerate(tree.posterior["source"].values) if name not in kept)
+    tree.posterior["z"].values[0, 3, left] = np.nan
+    assert "1 of 15,050 posterior numbers are not finite." in why(report(tree, rows=60))

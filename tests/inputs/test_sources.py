@@ -432,6 +432,20 @@ def test_a_template_may_refuse_data(few, monkeypatch):
         opened(LONG, BANDS, ("source",), validate=overlapping)
 
 
+@pytest.mark.parametrize(
+    "names", [["a", "b", "a long name"], [3, 1, 2], pd.date_range("2020-01-01", periods=3)]
+)
+def test_a_part_of_the_labels_has_the_type_of_all(names):
+    """So that parts can follow one another in a file; words of a DataFrame have no width of their own."""
+    frame = pd.DataFrame({"y": [1.0, 2.0, 3.0]}, index=pd.Index(names, name="row"))
+    coords = open_source(frame, {"y": Field(("row",), role="observed")}, ("row",)).coords
+    parts, whole = coords.parts("row"), coords["row"]
+    assert len(parts) == 3
+    assert parts[0:1].dtype == parts[1:3].dtype == whole.dtype
+    np.testing.assert_array_equal(np.concatenate([parts[0:1], parts[1:3]]), whole)
+    np.testing.assert_array_equal(whole, frame.index.to_numpy())
+
+
 def test_repeated_row_labels_are_told_once():
     table = onoff().assign_coords(source=["b", "a", "b"])
     words = '1 labels of "source" occur more than once; the first is "b".'
