@@ -20,7 +20,7 @@ from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.sites import plates_of, row_dim_of, sample_sites, value_of
 from scivi.models.template import Template
 
-AT_ONCE = 2**20  # draws x rows held at once (our choice: a few hundred MB with a dozen sites)
+AT_ONCE = 2**19  # draws x rows held at once (our choice: some hundred MB with a dozen sites)
 ENTRIES_AT_ONCE = 2**21  # draws x rows x entries of a row, likewise (our choice: 8 MB a tensor)
 
 
