@@ -42,6 +42,7 @@ from record import use_threads, write_json
 
 import scivi
 from domains.astrophysics.photons import template
+from scivi.files import opened as read
 from scivi.inference.loop import open_data
 from scivi.inputs.sources import from_anndata
 
@@ -104,7 +105,7 @@ def run(stage: str, path: Path, beside: Path, given: argparse.Namespace) -> dict
         fit = scivi.load(beside / "fit", template=template)
         scivi.draw(fit, opened(path), given.draws, to=beside / "posterior.zarr")
     else:
-        scivi.analysis.report(beside / "posterior.zarr", to=beside / "report.html")
+        scivi.analysis.report(read(beside / "posterior.zarr"), to=beside / "report.html")
     return {"import_gb": before, "gb": peak_gb(), "s": time.perf_counter() - begun, **told}
 
 

@@ -10,13 +10,12 @@ import xarray as xr
 
 from scivi.analysis import groups, page, verdict
 from scivi.analysis.check import note
-from scivi.files import opened
 
 MOST_ROWS = 100_000  # our choice: a share of 1 % of the rows is known to .03 points
 
 
 def report(
-    tree: xr.DataTree | str | Path,
+    tree: xr.DataTree,
     *,
     reference: xr.DataTree | None = None,
     truth: xr.Dataset | None = None,
@@ -45,7 +44,7 @@ def report(
     Doubts about the model rather than the fit (predictive checks, PIT) ask for care.
 
     Args:
-        tree: a posterior, from ``draw``, ``predict`` or ``nuts``, or the .nc or .zarr that holds one.
+        tree: a posterior, from ``draw``, ``predict`` or ``nuts``, or read from disk.
         reference: a NUTS posterior of the same model and data, or of some of its rows.
         truth: the values that made simulated data, by variable.
         to: file to write the page to; folders are made. None: no page.
@@ -64,8 +63,6 @@ def report(
         that is 1 % among 100,000 of them is known to .03 points (one standard error). About 20 s for 1e5 rows
         of a thousand draws.
     """
-    if not isinstance(tree, xr.DataTree):
-        tree = opened(Path(tree))
     some = tree if reference is not None else groups.some_rows(tree, rows)
     found = verdict.measure(some, reference, truth, whole=tree)
     results = verdict.checks(tree, found)

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from scivi.files import opened
@@ -65,7 +66,7 @@ class Shards:
         for group, named in groups.items():
             local = {name: v for name, v in named.items() if row in v[0]}
             if local:
-                piece = dataset(local, {row: self.coords[row][rows]}, {}, sampled=False)
+                piece = dataset(local, {}, {}, sampled=False)
                 how: dict[str, Any] = {"consolidated": False, "zarr_format": ZARR}
                 piece.to_zarr(self.pieces.store, group=group, mode="r+", region={row: rows}, **how)
 
@@ -85,11 +86,13 @@ class Shards:
             self._begun = True
 
     def _grow(self) -> None:
-        """Let the store have room for all rows."""
+        """Let the store have room for all rows, and all their labels."""
         import zarr
 
-        row, n = self.pieces.row, len(self.coords[self.pieces.row])
+        row, labels = self.pieces.row, np.asarray(self.coords[self.pieces.row])
         for group in self.pieces.begun:
             for _, array in zarr.open_group(self.pieces.store, path=group, zarr_format=ZARR).arrays():
                 dims: Any = array.attrs["_ARRAY_DIMENSIONS"]
-                array.resize([n if d == row else own for d, own in zip(dims, array.shape, strict=True)])
+                array.resize([len(labels) if d == row else n for d, n in zip(dims, array.shape, strict=True)])
+            named = xr.Dataset(coords={row: labels})
+            named.to_zarr(self.pieces.store, group=group, mode="a", consolidated=False, zarr_format=ZARR)

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,11 +76,13 @@ class Story:
     lost: set[str] = field(default_factory=set)
 
 
-def until(done, what: str) -> None:
+def until(done, what: str) -> Any:
+    """What ``done`` says as soon as that is something."""
     end = time.monotonic() + FEW_MINUTES
-    while not done():
+    while not (found := done()):
         assert time.monotonic() < end, what
         time.sleep(0.5)
+    return found
 
 
 def under_way(story: Story, node: str) -> set[str]:
@@ -125,10 +128,8 @@ def run(story: Story) -> None:
     until(lambda: under_way(story, "n1"), "a long fit runs on the first node")
     urgent = ["sbatch", "--partition=urgent", "--nodelist=n1", "--exclusive", "--wrap=sleep 1"]
     subprocess.run(urgent, env=story.env, check=True, capture_output=True, cwd=story.here)
-    until(lambda: stopped(story), "a preempted fit has saved itself")
-    story.preempted = stopped(story)
-    until(lambda: under_way(story, "n2"), "a long fit runs on the second node")
-    story.lost = under_way(story, "n2")
+    story.preempted = until(lambda: stopped(story), "a preempted fit has saved itself")
+    story.lost = until(lambda: under_way(story, "n2"), "a long fit runs on the second node")
     node = ["scontrol", "update", "nodename=n2"]
     subprocess.run([*node, "state=down", "reason=test"], env=story.env, check=True)
     until(lambda: not under_way(story, "n2"), "the node's fits are gone")
