@@ -49,6 +49,8 @@ def optimisation(fit: Mapping[str, Any], level: xr.Dataset | None) -> list[Check
         text = "Nothing was to be learnt: the guide works out the posterior of each row by itself."
         return [*result, note("plateau", text)]
     finish = fit.get("finish") or {}
+    if "tried" in finish:
+        return [*result, note("guide", _ladder(finish), len(finish["tried"])), *_reach(finish)]
     if finish.get("alone") and "method" in finish:
         text = f"Nothing was to be learnt but what rows share; {finish['method']} on the marginal found that."
         return [*result, note("plateau", text)]
@@ -63,6 +65,28 @@ def optimisation(fit: Mapping[str, Any], level: xr.Dataset | None) -> list[Check
     counts = "decides" if stop else "care"
     limit, ok = float(level.attrs["tolerance"]), verdicts[at] == "level"
     return [*result, either("plateau", gain, limit, ok, counts, text, text, "Fit for more steps.")]
+
+
+def _ladder(finish: Mapping[str, Any]) -> str:
+    """What was tried for a guide, what it cost, and why that was the end."""
+    steps = [
+        f"{t['guide']} (k-hat {t['k_hat']:.2f}, {t['effective_share']:.0%} effective, {t['evaluations']:,} "
+        f"evaluations, {t['seconds']:.2g} s)"
+        for t in finish["tried"]
+    ]
+    return f"Tried: {'; '.join(steps)}. The end: {finish['stopped']}."
+
+
+def _reach(finish: Mapping[str, Any]) -> list[Check]:
+    """Whether walkers that began at draws came to where the guide hardly is."""
+    if "missed" not in finish:
+        return []
+    share, text = (
+        finish["missed"],
+        "of walkers that began at draws came to where weights are twice the largest.",
+    )
+    # our choice: what a hundredth of the walkers finds moves no mean by much, a tenth does
+    return [graded("reach", share, 0.01, 0.1, f"{share:.1%} {text}", f"{share:.1%} {text}", RICHER)]
 
 
 def importance(
@@ -101,6 +125,8 @@ def _joint(joint: xr.Dataset) -> list[Check]:
         text = f"The joint k-hat over {joint.attrs['local_rows']:,} rows ({k:.1f}) says nothing at that size."
         return [note("joint k-hat", text, k)]
     numbers = f"k-hat {k:.2f}, effective size {ess:.0f}"
+    if proposals := joint.attrs.get("proposals", 0):
+        return _corrected(proposals, k, ess)
     # a small k-hat over many rows is more than can be asked for: only few rows must meet the strict limit
     limit = weights.GOOD_K if joint.attrs["local_rows"] <= weights.FEW_ROWS else weights.USABLE_K
     degree = "not close to" if k > weights.USABLE_K else "only roughly"
@@ -133,6 +159,20 @@ def _joint(joint: xr.Dataset) -> list[Check]:
         counts, ok = "decides" if beyond > 1 else "care", value <= weights.SHIFT_SD
         result.append(either("corrected means", value, weights.SHIFT_SD, ok, counts, good, bad, advice))
     return result
+
+
+def _corrected(proposals: int, k: float, ess: float) -> list[Check]:
+    """Draws that were taken from more by their weights: whether these can be used, and are of many draws."""
+    chosen = f"Draws were taken from {proposals:,} by their importance weights"
+    good = f"{chosen}, which can be used (k-hat {k:.2f}): the guide's own error is corrected."
+    bad = f"{chosen}, which cannot be used (k-hat {k:.2f})."
+    size = f"The weights are worth {ess:,.0f} independent draws: a mean is known to {ess**-0.5:.2g} sd."
+    more = "Draw more, or take a richer guide."
+    few = ess < weights.FEW_EFFECTIVE
+    return [
+        graded("k-hat", k, weights.USABLE_K, weights.USABLE_K, good, bad, RICHER),
+        either("effective draws", ess, weights.FEW_EFFECTIVE, not few, "care", size, size, more),
+    ]
 
 
 def _rows(rows: xr.Dataset) -> list[Check]:

@@ -49,7 +49,8 @@ def measure(
     whole = tree if whole is None else whole
     found = {"summary": comparison.summary(tree), "restarts": convergence.restarts(tree)}
     svi = groups.provenance(tree).get("method", "svi") == "svi"
-    if svi and groups.has(tree, "sample_stats", "lp", "log_q"):
+    corrected = groups.has(tree, "sample_stats", weights.CORRECTED)
+    if svi and (corrected or groups.has(tree, "sample_stats", "lp", "log_q")):
         found["reliability"] = weights.reliability(whole)
     if svi and groups.has(tree, "sample_stats", "row_log_weight"):
         found["row_reliability"] = weights.row_reliability(tree)

@@ -16,6 +16,10 @@ from scivi.errors import DataError
 
 FEW_ROWS = 50  # beyond it the joint weights of all rows say nothing: see `reliability`; our choice
 GOOD_K, USABLE_K = 0.5, 0.7  # Yao, Vehtari, Simpson, Gelman 2018
+CORRECTED = "proposal_log_weight"  # in sample_stats: log weights of the proposals of corrected draws
+FEW_EFFECTIVE = (
+    100  # proposals, under which corrected draws ask for care (our choice: a mean's error is .1 sd)
+)
 SHIFT_SD = 0.2  # our choice: a 90 % interval displaced by 0.2 sd still covers 89.3 %
 
 
@@ -25,8 +29,9 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
     With w smoothed and normalised: ess = 1 / sum(w^2), corrected mean = sum(w * theta).
 
     Args:
-        tree: with groups posterior and sample_stats (lp, log_q). Each chain is its own approximation; the
-            worst counts.
+        tree: with groups posterior and sample_stats (lp, log_q; or proposal_log_weight, of draws that were
+            taken from more by their weights: then it is the proposals that are judged, and the means are
+            corrected ones already). Each chain is its own approximation; the worst counts.
         threshold: largest k-hat to accept.
         shift: largest |corrected mean - mean| to accept, in posterior sd, beyond two Monte Carlo errors.
 
@@ -34,8 +39,8 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
         Dim variable: mean, sd, corrected_mean, shift_sd, shift_mcse (both in posterior sd), ok. Dim chain:
         k_hat, ess, gap (log mean(w) - mean(log w), an estimate of KL(q || p) in nats, from below). The
         attribute decisive is 0 if more than 50 rows have latents of their own and k-hat is above the
-        threshold: then ok is False throughout, for want of evidence. Row-level variables are listed up to 50
-            rows.
+        threshold: then ok is False throughout, for want of evidence. Of corrected draws, proposals is how
+        many they were taken from, else 0. Row-level variables are listed up to 50 rows.
 
     Raises:
         DataError: a group is missing, or fewer than 25 draws.
@@ -51,14 +56,19 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
         Yao, Vehtari, Simpson, Gelman (2018), ICML, arXiv:1802.02538.
         Vehtari, Simpson, Gelman, Yao, Gabry (2024), JMLR 25(72), arXiv:1507.02646.
     """
-    stats = groups.group(tree, "sample_stats", "lp", "log_q")
-    log_weight = (stats["lp"].astype(float) - stats["log_q"].astype(float)).transpose(*groups.SAMPLE).values
-    rows = groups.local_rows(tree)
+    rows, proposals = groups.local_rows(tree), 0
     names = groups.population_names(tree) + (groups.local_names(tree) if rows <= FEW_ROWS else [])
-    found = _judged(tree, log_weight, names, threshold, shift)
+    if groups.has(tree, "sample_stats", CORRECTED):
+        log_weight = groups.group(tree, "sample_stats")[CORRECTED].astype(float).values
+        proposals = log_weight.shape[1]
+        found = _judged(tree, log_weight, names, threshold, shift, equal=True)
+    else:
+        stats = groups.group(tree, "sample_stats", "lp", "log_q")
+        difference = stats["lp"].astype(float) - stats["log_q"].astype(float)
+        found = _judged(tree, difference.transpose(*groups.SAMPLE).values, names, threshold, shift)
     says = decisive(rows, found["k_hat"].values, threshold)
     found["ok"] = found["ok"] & says
-    return found.assign_attrs(decisive=int(says), local_rows=rows)
+    return found.assign_attrs(decisive=int(says), local_rows=rows, proposals=proposals)
 
 
 def decisive(rows: int, k_hat: np.ndarray, threshold: float = USABLE_K) -> bool:
@@ -73,10 +83,14 @@ def _judged(
     threshold: float,
     shift: float,
     some: np.ndarray | slice = slice(None),
+    *,
+    equal: bool = False,
 ) -> xr.Dataset:
     """k-hat, effective size and gap by chain; by variable, how far the weights move its mean."""
     weight, numbers = smoothed(log_weight)
     posterior = groups.group(tree, "posterior").isel(draw=some)
+    if equal:
+        weight = np.full((posterior.sizes["chain"], posterior.sizes["draw"]), 1 / posterior.sizes["draw"])
     columns: dict[str, list[np.ndarray]] = {}
     entries: list[str] = []
     for name in names:

@@ -167,6 +167,12 @@ def compiled(graph: GraphModule, examples: Sequence[Tensor]) -> tuple[Function, 
     return alone, "compiled"
 
 
+def largest_of(graph: GraphModule) -> int:
+    """Entries of the largest tensor that a call of the graph makes."""
+    values = (node.meta.get("val") for node in graph.graph.nodes)
+    return max((value.numel() for value in values if isinstance(value, Tensor)), default=1)
+
+
 def work_of(graph: GraphModule) -> int:
     """Numbers that a run of the graph writes, and an eighth of the multiplications of its matrix products."""
     work = 0

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from scivi.errors import FitError, Unsupported, missing_extra
 from scivi.inference.capture import Function
-from scivi.inference.potential import Potential
+from scivi.inference.potential import Potential, refuse_unless_singular
 
 BACKENDS = ("auto", "nutpie", "pyro")
 STATS = ("diverging", "acceptance_rate", "step_size", "n_steps", "tree_depth", "energy")
@@ -91,7 +91,8 @@ def nutpie_chain(function: Function, first: Tensor, length: Length, seed: int, b
         calls += 1
         try:
             value, gradient = function(torch.from_numpy(point))
-        except torch.linalg.LinAlgError:  # no factor of a matrix there: as Pyro, a divergence
+        except RuntimeError as error:
+            refuse_unless_singular(error)  # no factor of a matrix there: as Pyro, a divergence
             return -np.inf, np.zeros(size)
         return value.item(), gradient.numpy()
 

@@ -29,6 +29,7 @@ from scivi.inference.gather import (
     row_weight,
     rows_at_once,
 )
+from scivi.inference.importance import USABLE_K, chosen, pareto_k
 from scivi.inference.loop import open_data
 from scivi.inference.refine import Refined, refine_rows
 from scivi.inference.scores import Placed, particle_plate, quiet
@@ -38,6 +39,7 @@ from scivi.inference.team import Team
 from scivi.inference.trees import SAMPLED, Named, data_groups, labels_of, plain_labels, units_of
 from scivi.inputs.batches import Batch, chunks, read_batch
 from scivi.models.binding import Bound, seeded, stream_seed
+from scivi.models.guides import JointGuide
 from scivi.models.sites import row_dim_of, sample_sites
 
 Groups = dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]]  # by group and name: dims and values
@@ -45,6 +47,7 @@ Groups = dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]]  # by group an
 POOR_SHARE = (
     0.2  # share of effective draws under which a row's amortised posterior counts as poor (our choice)
 )
+PROPOSED = 4  # proposals of which a corrected draw is taken (our choice)
 MOST_CHUNKS = 2**32  # chunks along one row dim: each has a stream of its own
 WEIGHED_DRAWS = 400  # draws whose global weight is worked out by integrating all rows
 FEWEST_WEIGHED = 50  # fewer draws say nothing about the weights' tail
@@ -60,6 +63,7 @@ def draw(
     to: str | Path | None = None,
     refine: bool = False,
     predictive: bool = False,
+    correct: bool | None = None,
 ) -> xr.DataTree:
     """Draw from the posterior of the rows of ``data``, seen in the fit or not.
 
@@ -72,17 +76,22 @@ def draw(
         refine: improve, one by one, the rows that lie outside what the fit has seen or whose weights are
             poor, and report the amortisation gap of each.
         predictive: also draw the observed fields anew.
+        correct: take the draws out of four times as many by their importance weights, if these can be used
+            (k-hat of at most .7); None for guides that hold all latents together, True to insist, False for
+            the guide's own draws.
 
     Returns:
         Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats and history. In
         sample_stats: ``lp`` and ``log_q`` (chain, draw), log densities of model and guide over all rows;
         ``row_log_weight`` (chain, draw, row), the log importance weight of a row's latents given the globals;
         ``outside`` and ``poor`` (row); ``global_log_weight`` (chain, draw), that of the globals with all rows
-        integrated, where affordable.
+        integrated, where affordable. Of corrected draws ``proposal_log_weight`` (chain, proposal), of all
+        that they were taken from, and no ``log_q`` and ``row_log_weight``: they are the guide's no more.
 
     Raises:
         DataError: the data do not fit the template.
-        Unsupported: the guide is not amortised and these are not the rows of the fit.
+        Unsupported: the guide is not amortised and these are not the rows of the fit; or ``correct`` is asked
+            of a guide of rows, or of one whose weights cannot be used.
 
     Notes:
         A guide draws one value of the globals for each draw and every row follows it. Time grows with
@@ -101,6 +110,7 @@ def draw(
         check_rows(one, source)
         _check_labels(one, source)
     chains = [_Chain(one, draws, stream_seed(seed + k, "draws")) for k, one in enumerate(fits)]
+    _correct(chains, source, correct)
     units = units_of(template)
     ours, pieces = collector(template.row_dims[0], labels_of(template, source, len(fits), draws), units, to)
     with pieces:
@@ -203,15 +213,42 @@ def _stacked(found: Sequence[Groups]) -> Groups:
 
 def _totals(chains: Sequence[_Chain], source: Any) -> Named:
     """What holds for a draw as a whole, (chain, draw)."""
-    totals = {
-        "lp": [c.log_joint for c in chains],
-        "log_q": [c.log_guide for c in chains],
-    }
+    totals = {"lp": [c.log_joint for c in chains]}
+    if not any(c.corrected for c in chains):
+        totals["log_q"] = [c.log_guide for c in chains]
     weights = [c.global_weights(source) for c in chains]
     if all(w is not None for w in weights):
         totals["global_log_weight"] = weights
     draws = chains[0].draws
-    return {n: (SAMPLED, np.stack([np.broadcast_to(v, (draws,)) for v in of])) for n, of in totals.items()}
+    told: Named = {
+        n: (SAMPLED, np.stack([np.broadcast_to(v, (draws,)) for v in of])) for n, of in totals.items()
+    }
+    weights = [c.proposal_log_weight for c in chains if c.corrected]
+    return (
+        told if not weights else {**told, "proposal_log_weight": (("chain", "proposal"), np.stack(weights))}
+    )
+
+
+def _correct(chains: Sequence[_Chain], source: Any, asked: bool | None) -> None:
+    """Let draws be taken from more by their weights where that helps; of all chains or none."""
+    able = all(isinstance(c.fit.bound.nets.guide, JointGuide) and not c.summed for c in chains)
+    if asked is False or not (able or asked):
+        return
+    if not able:
+        raise Unsupported(
+            "these draws cannot be corrected as a whole: the guide has a factor for each row, or leaves out "
+            "discrete latents. refine=True improves rows one by one."
+        )
+    found = [chain.proposals(source) for chain in chains]
+    k_hat = max(pareto_k(weight.numpy()) for _, weight in found)
+    if k_hat <= USABLE_K:
+        for chain, proposals in zip(chains, found, strict=True):
+            chain.take(*proposals)
+    elif asked:
+        raise Unsupported(
+            f"the importance weights cannot be used (k-hat {k_hat:.2f}, at most {USABLE_K} can): take a "
+            f'richer guide, such as guide="auto", or scivi.nuts.'
+        )
 
 
 class _Chain:
@@ -224,6 +261,51 @@ class _Chain:
         with self._running(0):
             self.given = _globals(fit.bound, draws)
         self.log_joint, self.log_guide = np.zeros(()), np.zeros(())
+        self.proposal_log_weight = np.empty(0)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the draws were taken from more by their weights."""
+        return self.proposal_log_weight.size > 0
+
+    @property
+    def summed(self) -> bool:
+        """Whether the guide leaves out discrete latents."""
+        bound = self.fit.bound
+        with self._running(0):
+            return bool(left_out(bound, poutine.trace(bound.guide).get_trace(bound.example)))
+
+    def take(self, values: Mapping[str, Tensor], log_weight: Tensor) -> None:
+        """Take the draws out of proposals by their weights."""
+        with self._running(1):
+            self.given = chosen(values, log_weight, self.draws)
+        self.proposal_log_weight = log_weight.numpy()
+
+    def proposals(self, source: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """Four times as many values of the globals, and their log weights, all rows taken together."""
+        bound, rows = self.fit.bound, self.fit.template.row_dims
+        some = next(iter(bound.example.values.values()))
+        whole = read_batch(source, self.fit.template.fields, rows, {}, some)
+        total, most = PROPOSED * self.draws, max(source.sizes[row] for row in rows)
+        blocks = math.ceil(total / max(4, rows_at_once(bound, rows[0], 1) // most))
+        parts, weights = [], []
+        with self._running(0):
+            for n in torch.arange(total).tensor_split(blocks):
+                n = len(n)
+                given = _globals(bound, n)
+                with (
+                    particle_plate(n, bound.nesting),
+                    Placed(given, lambda name, _, given=given: given[name]),
+                ):
+                    guide = poutine.trace(bound.guide).get_trace(whole)
+                guide, model = _run_model(bound, whole, guide, n)
+                weight = torch.zeros(n).double()
+                for k, row in enumerate(rows):
+                    log_p, log_q = (density(bound, t, whole, row, rows_only=k > 0) for t in (model, guide))
+                    weight = weight + (log_p - log_q).cpu()
+                parts.append(given)
+                weights.append(weight)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(weights)
 
     @contextmanager
     def _running(self, stream: int) -> Iterator[None]:
@@ -245,6 +327,8 @@ class _Chain:
         weight = row_weight(bound, guide, model, batch, draws)
         outside = _outside(self.fit, batch)
         poor = outside.copy()
+        if self.corrected:
+            weight = None
         if weight is not None:
             poor |= _effective_share(weight) < POOR_SHARE
         gap, lost = np.full(len(outside), np.nan), 0.0

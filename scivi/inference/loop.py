@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from scivi.errors import FitError, PlanError
 from scivi.inference import marginal
+from scivi.inference.adapt import adapt
 from scivi.inference.gather import rows_at_once
 from scivi.inference.objective import Objective, prepare
 from scivi.inference.passes import Passes
@@ -39,6 +40,7 @@ from scivi.inputs.batches import Batch, chunks, read_batch
 from scivi.inputs.feed import Feed
 from scivi.inputs.sources import open_source
 from scivi.models.binding import Bound, bind, stream_seed
+from scivi.models.mixtures import AdaptedGuide
 from scivi.models.template import Template
 
 EXAMPLE_ROWS = 64  # rows that a pair is bound to (our choice: enough for any shape)
@@ -161,7 +163,7 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
         taken_up = {"checkpoint": [state.step, state.feed.state()]}
         state.team.agree({**identity_of(template, source, plan), **taken_up})
     state.team.follow(state.bound.nets)
-    if not state.learns:
+    if not state.learns:  # by steps
         state.stopped = "nothing to learn"
         return
     with _sampling(state):
@@ -394,7 +396,9 @@ def fit(
                     saved = time.monotonic()
             if saves_to is not None:
                 save_state(state, saves_to, identity)
-            if state.learns and state.stopped != "signal":
+            if isinstance(state.bound.nets.guide, AdaptedGuide):
+                _by_first(state, lambda: _adapt(state, source, plan, shown))
+            elif state.learns and state.stopped != "signal":
                 bar.total = bar.n  # of steps: what is left is no step
                 bar.set_postfix_str("finishing the globals")
                 _by_first(state, lambda: _finish(state, source, plan))
@@ -429,6 +433,13 @@ def _signals(state: State) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _adapt(state: State, source: Any, plan: Plan, progress: bool) -> None:
+    """Place a guide that takes no steps."""
+    begun = time.perf_counter()
+    state.finish |= adapt(state.bound, source, plan.seed, progress)
+    state.stopped, state.wall_s = "weights", state.wall_s + time.perf_counter() - begun
 
 
 def _finish(state: State, source: Any, plan: Plan) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import xarray as xr
 from pyro import poutine
-from pyro.infer import config_enumerate, infer_discrete
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,8 +21,8 @@ from scivi.inference.chains import STATS, Chain, Length, chosen, nutpie_chain, n
 from scivi.inference.draws import check_rows
 from scivi.inference.gather import AT_ONCE, log_likelihood, prior_draws, reported
 from scivi.inference.loop import EXAMPLE_ROWS, open_data
-from scivi.inference.potential import Potential, Whitened, fast, potential
-from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate, quiet
+from scivi.inference.potential import Potential, Whitened, fast, model_at, potential, together
+from scivi.inference.scores import by_particle, log_prob, quiet
 from scivi.inference.state import Fit, freeze, versions
 from scivi.inference.trees import dataset, save_tree, tree, units_of
 from scivi.inputs.batches import Batch, chunks
@@ -266,7 +265,7 @@ def _sample(
             for each in own:
                 with seeded(each):
                     firsts.append(density.start(None if start is None else start()))
-            found = _side_by_side(_together(bound, batch, density), density, firsts, start, length, own, bar)
+            found = _side_by_side(together(bound, batch, density), density, firsts, start, length, own, bar)
             told["whitened"] = start is not None and density.size <= MOST_WHITENED
         for chain in range(len(found), chains):
             bar.set_postfix_str(f"chain {chain + 1} of {chains}")
@@ -305,25 +304,6 @@ def _side_by_side(
     return [replace(chain, path=white.point(chain.path)) for chain in found]
 
 
-def _together(bound: Bound, batch: Batch, density: Potential) -> Callable[..., Any]:
-    """The density and its gradient at several points at once: (point, n) to (point,) and (point, n)."""
-
-    def many(points: Tensor) -> tuple[Tensor, Tensor]:
-        leaf, n = points.detach().requires_grad_(True), len(points)
-        total, values = leaf.new_zeros(n), {}
-        for name, z in density.split(leaf).items():
-            back = density.transforms[name].inv
-            values[name] = back(z)
-            total = total + back.log_abs_det_jacobian(z, values[name]).reshape(n, -1).sum(1)
-        model = _model_at(bound, batch, values, n)
-        for _, site in sample_sites(model):
-            total = total + by_particle(log_prob(site), bound.nesting).expand(n)
-        (gradient,) = torch.autograd.grad(total.sum(), leaf)
-        return total.detach(), gradient
-
-    return many
-
-
 @dataclass
 class _Rerun:
     """The model's run on the draws: by name, dims and values (draw, *dims); log joint density (draw,)."""
@@ -340,7 +320,7 @@ def _rerun(bound: Bound, batch: Batch, values: Mapping[str, Tensor], total: int)
     found, likelihood, joint = [], [], []
     for begin in range(0, total, size):
         n = min(size, total - begin)
-        model = _model_at(bound, batch, {name: v[begin : begin + n] for name, v in values.items()}, n)
+        model = model_at(bound, batch, {name: v[begin : begin + n] for name, v in values.items()}, n)
         found.append(reported(bound, model, batch, n))
         likelihood.append(log_likelihood(template, model, batch, n))
         density = [by_particle(log_prob(s), bound.nesting).expand(n) for _, s in sample_sites(model)]
@@ -350,25 +330,6 @@ def _rerun(bound: Bound, batch: Batch, values: Mapping[str, Tensor], total: int)
         return {n: (dims, np.concatenate([p[n][1] for p in parts])) for n, (dims, _) in parts[0].items()}
 
     return _Rerun(joined(found), joined(likelihood), np.concatenate(joint))
-
-
-def _model_at(bound: Bound, batch: Batch, values: Mapping[str, Tensor], n: int) -> poutine.Trace:
-    """The model with each latent's draws left of all plates; discrete ones that were summed are drawn."""
-    event_dims = {s.name: s.event_dim for s in bound.sites}
-    placed = {}
-    for name, value in values.items():
-        pad = (1,) * (bound.nesting - (value.dim() - 1 - event_dims[name]))
-        placed[name] = value.reshape(n, *pad, *value.shape[1:]) if n > 1 else value[0]
-
-    def model(batch: Batch) -> None:
-        with particle_plate(n, bound.nesting), Placed(placed, lambda name, _: placed[name]):
-            bound.model(batch)
-
-    run: Callable[..., Any] = model
-    if any(s.discrete for s in bound.sites):
-        # a plate of draws outside of this handler would be hidden from it
-        run = infer_discrete(config_enumerate(model, "parallel"), first_available_dim=-2 - bound.nesting)
-    return poutine.trace(run).get_trace(batch)
 
 
 def _groups(

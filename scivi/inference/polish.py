@@ -19,6 +19,7 @@ from torch import Tensor
 from scivi.errors import Unsupported
 from scivi.inference import marginal
 from scivi.inference.gather import ENTRIES_AT_ONCE
+from scivi.inference.importance import truncated
 from scivi.models.binding import Bound
 
 # Degrees of freedom of the proposals: tails heavier than the target's keep weights bounded (our choice).
@@ -77,7 +78,7 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, 
             mixture = torch.logsumexp(torch.stack([p.log_prob(points) for p in proposals]), 0) - math.log(
                 len(proposals)
             )
-            weight = _truncated(density - mixture)
+            weight = truncated(density - mixture)
             ess = float(1 / weight.square().sum())
             mean = weight @ points
             away = points - mean
@@ -116,10 +117,3 @@ def _posteriors(
         )
         found.append(marginal.log_prior(bound, module, point, bound.example).double() + sum(parts))
     return torch.stack(found)
-
-
-def _truncated(log_weight: Tensor) -> Tensor:
-    """Normalised weights, none above the mean weight times the root of their number (Ionides 2008)."""
-    log_weight = torch.where(torch.isnan(log_weight), -math.inf, log_weight)  # off the support: no weight
-    most = torch.logsumexp(log_weight, 0) - 0.5 * math.log(len(log_weight))
-    return torch.softmax(torch.minimum(log_weight, most), 0)

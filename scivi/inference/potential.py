@@ -7,22 +7,28 @@ Discrete latents are summed. Float64 on the CPU, whatever the fit was made in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro import poutine
+from pyro.infer import config_enumerate, infer_discrete
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
 from scivi.errors import FitError, Unsupported
-from scivi.inference.capture import Function, captured, compiled
+from scivi.inference.capture import Function, captured, compiled, largest_of, stacked
+from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
+from scivi.models.sites import sample_sites
 
 OPERATION_S = (
     3e-6  # one operation of a captured graph, measured on one core with tensors of 10 to 1000 entries
 )
+NUMBERS_AT_ONCE = 2**22  # in the largest tensor of a call (our choice: 32 MB)
 TRIES = 100  # random starting points (as in Pyro)
 COMPILING_S = 10.0  # seconds of such operations from which compiling pays (our choice: it takes 5 to 20)
 
@@ -178,3 +184,86 @@ def _same(function: Function, density: Potential) -> Function:
         ):  # float64, thousands of terms
             raise Unsupported("the captured density differs from the model's")
     return function
+
+
+def together(bound: Bound, batch: Batch, density: Potential) -> Callable[..., Any]:
+    """The density and its gradient at several points at once: (point, n) to (point,) and (point, n)."""
+
+    def many(points: Tensor) -> tuple[Tensor, Tensor]:
+        leaf, n = points.detach().requires_grad_(True), len(points)
+        total, values = leaf.new_zeros(n), {}
+        for name, z in density.split(leaf).items():
+            back = density.transforms[name].inv
+            values[name] = back(z)
+            total = total + back.log_abs_det_jacobian(z, values[name]).reshape(n, -1).sum(1)
+        model = model_at(bound, batch, values, n)
+        for _, site in sample_sites(model):
+            total = total + by_particle(log_prob(site), bound.nesting).expand(n)
+        (gradient,) = torch.autograd.grad(total.sum(), leaf)
+        return total.detach(), gradient
+
+    return many
+
+
+def model_at(bound: Bound, batch: Batch, values: Mapping[str, Tensor], n: int) -> poutine.Trace:
+    """The model with each latent's draws left of all plates; discrete ones that were summed are drawn."""
+    event_dims = {s.name: s.event_dim for s in bound.sites}
+    placed = {}
+    for name, value in values.items():
+        pad = (1,) * (bound.nesting - (value.dim() - 1 - event_dims[name]))
+        placed[name] = value.reshape(n, *pad, *value.shape[1:]) if n > 1 else value[0]
+
+    def model(batch: Batch) -> None:
+        with particle_plate(n, bound.nesting), Placed(placed, lambda name, _: placed[name]):
+            bound.model(batch)
+
+    run: Callable[..., Any] = model
+    if any(s.discrete for s in bound.sites):
+        # a plate of draws outside of this handler would be hidden from it
+        run = infer_discrete(config_enumerate(model, "parallel"), first_available_dim=-2 - bound.nesting)
+    return poutine.trace(run).get_trace(batch)
+
+
+def refuse_unless_singular(error: RuntimeError) -> None:
+    """Raise an error again unless a matrix could not be factored; compiled code has plain words for it."""
+    if not isinstance(error, torch.linalg.LinAlgError) and not str(error).startswith("linalg."):
+        raise error
+
+
+def many(bound: Bound, batch: Batch, density: Potential) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The density and its gradient at many points at once, (point, n) to (point,) and (point, n).
+
+    Captured and stacked where that can be had. Minus infinity and no gradient where a matrix cannot be
+    factored.
+    """
+    try:
+        graph = captured(lambda x: density.density(x), [density.first])
+        each, function, largest = graph, stacked(graph, [False]), largest_of(graph)
+    except Unsupported:
+        each, function = density.density, together(bound, batch, density)
+        largest = sum(value.numel() for value in batch.values.values())
+    at_once = max(1, NUMBERS_AT_ONCE // max(1, largest))
+
+    def alone(point: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            value, gradient = each(point)
+            return value, gradient
+        except RuntimeError as error:
+            refuse_unless_singular(error)
+            return point.new_tensor(-math.inf), torch.zeros_like(point)
+
+    def some(points: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            value, gradient = function(points)
+            return value, gradient
+        except RuntimeError as error:
+            refuse_unless_singular(error)
+            values, gradients = zip(*map(alone, points), strict=True)
+            return torch.stack(values), torch.stack(gradients)
+
+    def at(points: Tensor) -> tuple[Tensor, Tensor]:
+        values, gradients = zip(*map(some, points.split(at_once)), strict=True)
+        value = torch.nan_to_num(torch.cat(values), nan=-math.inf, posinf=-math.inf)
+        return value, torch.nan_to_num(torch.cat(gradients), posinf=0.0, neginf=0.0)
+
+    return at

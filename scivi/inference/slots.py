@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scivi.errors import Unsupported
-from scivi.inference.capture import captured, compiled, stacked
+from scivi.inference.capture import captured, compiled, largest_of, stacked
 from scivi.inference.flat import Flat
 from scivi.inference.objective import prepare
 from scivi.inference.plan import Plan
@@ -194,14 +194,11 @@ class Slots:
 
     def _build(self, graph: torch.fx.GraphModule) -> None:
         """The graph for all slots together, compiled where that pays."""
-        largest = max(
-            n.meta["val"].numel() for n in graph.graph.nodes if isinstance(n.meta.get("val"), Tensor)
-        )
         calls = self.plan.steps * math.ceil(len(self.sets) / MOST_SLOTS["captured"])
         pays = self.plan.compile == "on" or (self.plan.compile == "auto" and calls >= 2 * PATIENCE)
         how = "compiled" if pays else "captured"
         most = MOST_SLOTS["cuda" if self.device.type == "cuda" else how]
-        self.n = min(len(self.sets), most, max(1, NUMBERS_AT_ONCE // largest))
+        self.n = min(len(self.sets), most, max(1, NUMBERS_AT_ONCE // largest_of(graph)))
         shared = [*[False] * (len(self.start) + 2), *self.sets.shared]
         some = self._arguments(self.start, self.sets.form.tensors)
         some = [t if one else torch.stack([t] * self.n) for t, one in zip(some, shared, strict=True)]

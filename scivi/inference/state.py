@@ -33,6 +33,7 @@ from scivi.inference.team import Team
 from scivi.inputs.batches import Batch
 from scivi.inputs.feed import Feed
 from scivi.models.binding import Bound, bind, stream_seed
+from scivi.models.mixtures import AdaptedGuide
 from scivi.models.template import Template
 
 FORMAT = 1  # of saved fits and checkpoints
@@ -434,7 +435,7 @@ def new_state(bound: Bound, feed: Feed, plan: Plan, team: Team | None = None) ->
     parameters = [p for p in bound.nets.parameters() if p.requires_grad]
     some = next(iter(bound.example.values.values()))
     if not parameters:
-        if bound.template.plan.get("steps") != 0:
+        if bound.template.plan.get("steps") != 0 and not isinstance(bound.nets.guide, AdaptedGuide):
             raise TemplateError(
                 f'template "{bound.template.name}": neither model nor guide has anything to learn. If that '
                 f"is meant, since the guide works out each posterior by itself, say so by "

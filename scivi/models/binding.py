@@ -17,6 +17,7 @@ from torch.distributions.transforms import _InverseTransform
 from scivi.errors import TemplateError, listed
 from scivi.inputs.batches import Batch
 from scivi.models.guides import Family, MeanField
+from scivi.models.mixtures import Adapted
 from scivi.models.sites import Site, latent_sites, nesting_of, value_of
 from scivi.models.template import Template
 
@@ -199,13 +200,14 @@ def _guide_module(
     template: Template, runs: list[poutine.Trace], sites: tuple[Site, ...], nesting: int
 ) -> nn.Module | None:
     family = MeanField() if template.guide is None else template.guide
+    family = Adapted() if isinstance(family, str) and family == "auto" else family
     if isinstance(family, Family):
         starts = {s.name: [value_of(run, s.name).detach() for run in runs] for s in sites}
         return family.build(sites, starts, nesting)
     if not callable(family):
         raise TemplateError(
             f'template "{template.name}": guide is {type(family).__name__}; it must be a function '
-            f"(batch, prior, nets), a family such as MeanField(), or None."
+            f'(batch, prior, nets), a family such as MeanField(), "auto", or None.'
         )
     return None
 

@@ -34,8 +34,9 @@ class Template:
         model: ``(batch, prior, nets) -> None``; pyro sample sites, the generative story.
         dims: every latent, deterministic or derived site that is reported, with the names of its dims. A
             latent that is not listed is auxiliary: fitted, but not reported.
-        guide: ``(batch, prior, nets) -> None``, or one of the families in ``scivi.models.guides``; None is
-            the mean-field normal over all latents.
+        guide: ``(batch, prior, nets) -> None``, or one of the families in ``scivi.models.guides``; "auto" is
+            the one of ``scivi.models.mixtures``, placed by importance sampling until its weights are good;
+            None is the mean-field normal over all latents.
         nets: ``(sizes, prior) -> nn.Module``, everything learnable, made afresh at each call; None if there
             is none.
         prior: frozen dataclass of the model's numbers, each with unit and source.

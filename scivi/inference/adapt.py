@@ -1,0 +1,402 @@
+"""``adapt`` places the guide ``Adapted``, and gives it more parts until its importance weights are good.
+
+Newton's method finds modes from a few starts, and the curvature there the first parts, one Student-t
+distribution each. In each round they are sampled, the latest draws are weighed by the mixture of everything
+that they were drawn from (AMIS, Cornuet et al. 2012), and the parts are moved to the weighted draws by
+expectation maximisation (Cappé et al. 2008). A round's own weights say how good the parts are that made it.
+What no draw has reached they cannot say: so walkers, which begin at draws and move by the density's gradient
+(Hamiltonian Monte Carlo), are asked whether they come to where weights are larger than any that was seen.
+These measurements, and no loss curve, end the search, or split every part in two. If sixteen parts do not do,
+and nutpie is there, its chains show where the posterior lies, and the parts are fitted to their draws.
+
+References:
+    Cornuet, Marin, Mira, Robert 2012, Scand. J. Stat. 39, 798, doi:10.1111/j.1467-9469.2011.00756.x.
+    Cappé, Douc, Guillin, Marin, Robert 2008, Stat. Comput. 18, 447, arXiv:0710.4242.
+    Vehtari, Simpson, Gelman, Yao, Gabry 2024, JMLR 25(72), arXiv:1507.02646 (k-hat).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scivi.errors import Unsupported
+from scivi.inference.chains import Length, nutpie_chain
+from scivi.inference.importance import USABLE_K, pareto_k, truncated
+from scivi.inference.potential import Potential, Whitened, many, potential
+from scivi.inference.scores import quiet
+from scivi.inputs.batches import chunks
+from scivi.models.binding import Bound, bind, seeded, stream_seed
+from scivi.models.mixtures import AdaptedGuide
+
+Density = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (point, D) to log density and gradient
+
+GOOD_K, GOOD_SHARE = 0.5, 0.3  # k-hat and share of effective draws at which the search ends (our choice)
+STARTS = 6  # of the search for modes (our choice)
+ROUND, ROUND_BY = 4000, 100  # draws of a round: at least, and for each latent (our choice)
+CONFIRMED = 4  # as many draws again confirm that weights are good (our choice)
+KEPT = 6  # times as many draws that are remembered (our choice)
+ROUNDS = 5  # with the same number of parts (our choice)
+BETTER = 1.1  # by which the share must grow from round to round, or parts are split (our choice)
+WALKERS, WALKS, STEPS = 300, 2, 15  # what looks around, trajectories of each, and their steps (our choice)
+STRIDES = -3.5, -0.7  # logarithms of the least and the largest step, in sd (our choice)
+BEYOND, MISSED = math.log(2.0), 0.01  # weights beyond the largest, and walkers that may see them (our choice)
+CHAINS, CHAIN = 4, Length(draws=1000, warmup=500)
+NEGLIGIBLE = 10.0  # nats by which a mode may hold less than another and be left out (our choice)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Student-t distributions, mixed, in float64.
+
+    Args:
+        share: (k,), summing to one.
+        loc: (k, D).
+        tril: (k, D, D).
+        freedom: degrees of freedom.
+    """
+
+    share: Tensor
+    loc: Tensor
+    tril: Tensor
+    freedom: float
+
+    def each(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log densities and squared distances of (point, D) from every part, (point, k)."""
+        d, nu = x.shape[1], self.freedom
+        away = (x[:, None] - self.loc).permute(1, 2, 0)
+        square = torch.linalg.solve_triangular(self.tril, away, upper=False).square().sum(1).mT
+        constant = math.lgamma((nu + d) / 2) - math.lgamma(nu / 2) - d / 2 * math.log(nu * math.pi)
+        size = self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return constant - size - (nu + d) / 2 * torch.log1p(square / nu), square
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density, (point,)."""
+        return torch.logsumexp(self.each(x)[0] + self.share.log(), 1)
+
+    def sample(self, n: int) -> Tensor:
+        """Draws (n, D), from torch's random stream."""
+        part = torch.multinomial(self.share, n, replacement=True)
+        noise = torch.randn(n, self.loc.shape[1], dtype=self.loc.dtype)
+        wide = torch.distributions.Chi2(self.loc.new_tensor(self.freedom)).sample((n, 1)) / self.freedom
+        return self.loc[part] + (self.tril[part] @ (noise / wide.sqrt()).unsqueeze(-1)).squeeze(-1)
+
+    def moved(self, x: Tensor, weight: Tensor, times: int = 5) -> Parts:
+        """Nearer to weighted points (point, D), by so many steps of expectation maximisation."""
+        parts, d, nu = self, x.shape[1], self.freedom
+        for _ in range(times):
+            log_each, square = parts.each(x)
+            own = torch.softmax(log_each + parts.share.log(), 1) * weight[:, None]
+            pull = own * (nu + d) / (nu + square)
+            mass = own.sum(0)
+            loc = pull.mT @ x / pull.sum(0)[:, None]
+            spread = torch.stack(
+                [(p[:, None] * (x - m)).mT @ (x - m) / n for p, m, n in zip(pull.mT, loc, mass, strict=True)]
+            )
+            # a part with few effective draws has no shape of its own, but that of all parts
+            effective = mass.square() / own.square().sum(0)
+            known = (effective / (effective + d))[:, None, None]
+            spread = known * spread + (1 - known) * (mass[:, None, None] * spread).sum(0) / mass.sum()
+            kept = mass > 1e-3 * mass.sum()
+            ridge = 1e-10 * spread[kept].diagonal(dim1=-2, dim2=-1)
+            tril = torch.linalg.cholesky(spread[kept] + torch.diag_embed(ridge))
+            parts = Parts(mass[kept] / mass[kept].sum(), loc[kept], tril, nu)
+        return parts
+
+    def split(self) -> Parts:
+        """Every part in two, apart along a direction drawn from torch's random stream."""
+        way = torch.randn_like(self.loc)
+        off = 0.7 * (self.tril @ (way / way.norm(dim=1, keepdim=True)).unsqueeze(-1)).squeeze(-1)
+        loc = torch.cat([self.loc + off, self.loc - off])
+        return Parts(self.share.repeat(2) / 2, loc, 0.8 * self.tril.repeat(2, 1, 1), self.freedom)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Parts, and how good weights of draws of them are.
+
+    Args:
+        parts: what was measured.
+        k_hat: of its weights' tail.
+        share: effective draws over draws.
+        missed: share of walkers that came to where the weight is twice the largest of the draws; 1 if nothing
+            was asked, since the weights alone are not good.
+    """
+
+    parts: Parts
+    k_hat: float
+    share: float
+    missed: float = 1.0
+
+    @property
+    def weighs_well(self) -> bool:
+        """Whether the weights of the draws are good."""
+        return self.k_hat <= GOOD_K and self.share >= GOOD_SHARE
+
+    @property
+    def good(self) -> bool:
+        """Whether they are, and walkers find nothing that the draws have not."""
+        return self.weighs_well and self.missed <= MISSED
+
+
+class _Search:
+    """The latest draws, what they were drawn from, and what each round has shown."""
+
+    def __init__(self, density: Density, dims: int, bar: tqdm) -> None:
+        self.density, self.bar, self.draws = density, bar, max(ROUND, ROUND_BY * dims)
+        self.points, self.value = torch.empty(0, dims).double(), torch.empty(0).double()
+        self.drawn_from: list[Parts] = []
+        self.tried: list[dict[str, Any]] = []
+        self.evaluations = 0
+        self.best: _Measured | None = None
+        self.walked = torch.empty(0, dims).double()
+
+    def round(self, parts: Parts) -> _Measured:
+        """Draw, weigh, measure."""
+        log_weight = self.drawn(parts)
+        found = _measured(parts, log_weight)
+        if found.weighs_well:  # so it seems: k-hat of few draws scatters
+            log_weight = torch.cat([log_weight, *(self.drawn(parts) for _ in range(CONFIRMED - 1))])
+            found = _measured(parts, log_weight)
+        if found.weighs_well:
+            self.walked, there = self.walk()
+            beyond = there - parts.log_prob(self.walked) > log_weight.max() + BEYOND
+            found = replace(found, missed=float(beyond.double().mean()))
+        if self.best is None or _rank(found) > _rank(self.best):
+            self.best = found
+        self.bar.update(1)
+        self.bar.set_postfix_str(
+            f"{len(parts.share)} parts, k-hat {found.k_hat:.2f}, {found.share:.0%} effective"
+        )
+        return found
+
+    def drawn(self, parts: Parts) -> Tensor:
+        """Log weights of new draws, which are kept."""
+        new = parts.sample(self.draws)
+        value, kept = self.density(new)[0], (KEPT - 1) * self.draws
+        self.points, self.value = (
+            torch.cat([self.points[-kept:], new]),
+            torch.cat([self.value[-kept:], value]),
+        )
+        self.drawn_from = [*self.drawn_from[1 - KEPT :], parts]
+        self.evaluations += len(new)
+        return value - parts.log_prob(new)
+
+    def weight(self) -> Tensor:
+        """Of these draws, by the mixture of what they were drawn from."""
+        mixed = torch.stack([parts.log_prob(self.points) for parts in self.drawn_from])
+        return truncated(self.value - (torch.logsumexp(mixed, 0) - math.log(len(mixed))))
+
+    def walk(self) -> tuple[Tensor, Tensor]:
+        """Where walkers come to that begin at draws, each with a step of its own; and the log density there."""
+        weight = self.weight()
+        x = self.points[torch.multinomial(weight, WALKERS, replacement=True)]
+        away = self.points - weight @ self.points
+        spread = (away.mT * weight) @ away
+        tril = torch.linalg.cholesky(spread + torch.diag_embed(1e-10 * spread.diagonal()))
+        low, high = STRIDES
+        step = (low + (high - low) * torch.rand(WALKERS, 1)).double().exp()
+        value, slope = self.density(x)
+        for _ in range(WALKS):
+            first = torch.randn_like(x)
+            at, speed, there, bend = x, first + 0.5 * step * (slope @ tril), value, slope
+            for k in range(STEPS):
+                at = at + step * (speed @ tril.mT)
+                there, bend = self.density(at)
+                speed = speed + (0.5 if k == STEPS - 1 else 1.0) * step * (bend @ tril)
+            gained = there - value - 0.5 * (speed.square() - first.square()).sum(1)
+            taken = torch.rand(WALKERS).log() < torch.nan_to_num(gained, nan=-math.inf)
+            x, slope = (torch.where(taken[:, None], new, old) for new, old in ((at, x), (bend, slope)))
+            value = torch.where(taken, there, value)
+        self.evaluations += WALKERS * (1 + WALKS * STEPS)
+        return x, value
+
+    def moved(self, parts: Parts) -> Parts:
+        """Nearer to all draws by their weights; and half to the walkers, if there are any."""
+        weight, half = self.weight(), 0.5 if len(self.walked) else 1.0
+        equal = torch.full((len(self.walked),), 0.5 / max(1, len(self.walked))).double()
+        return parts.moved(torch.cat([self.points, self.walked]), torch.cat([half * weight, equal]))
+
+    def rung(self, name: str, parts: Parts) -> _Measured:
+        """Rounds with as many parts, until weights are good or get no better; the last round."""
+        begun, first, shares = time.perf_counter(), self.evaluations, [0.0]
+        found = self.round(parts)
+        for _ in range(ROUNDS - 1):
+            if found.good or (len(shares) > 2 and found.share < BETTER * max(shares)):
+                break
+            shares.append(found.share)
+            found = self.round(self.moved(found.parts))
+        told = {"guide": name, "k_hat": round(found.k_hat, 3), "effective_share": round(found.share, 4)}
+        told |= {"missed": round(found.missed, 4)} if found.weighs_well else {}
+        spent = {"evaluations": self.evaluations - first, "seconds": round(time.perf_counter() - begun, 3)}
+        self.tried.append(told | spent)
+        return found
+
+
+def adapt(bound: Bound, source: Any, seed: int, progress: bool = True) -> dict[str, Any]:
+    """Place the guide of a pair.
+
+    Args:
+        bound: with the guide ``Adapted``, which is changed.
+        source: data, all rows of which are taken at once.
+        seed: of everything.
+        progress: show a progress bar.
+
+    Returns:
+        For the provenance: what was tried, what each cost and how good its weights were, why it stopped.
+
+    Raises:
+        Unsupported: the model contains networks, which nothing here would learn.
+        FitError: no starting point has a finite density.
+    """
+    guide, template = bound.nets.guide, bound.template
+    assert isinstance(guide, AdaptedGuide)
+    if bound.nets.own is not None and any(True for _ in bound.nets.own.parameters()):
+        raise Unsupported(
+            f'guide="auto" learns no networks, and "{template.name}" has some. Write a guide, or take a '
+            f"family that is fitted by steps, such as JointNormal()."
+        )
+    n = max(source.sizes[row] for row in template.row_dims)
+    cpu = torch.device("cpu")
+    batch = next(chunks(source, template.fields, template.row_dims, n, cpu, torch.float64))
+    with seeded(stream_seed(seed, "sampling")), quiet(), poutine.block():
+        pair = bind(template, batch, seed)
+        density = potential(pair, batch)
+        at = many(pair, batch, density)
+        with tqdm(disable=not progress, desc=f"{template.name}: rounds", unit="round") as bar:
+            search = _Search(at, density.size, bar)
+            best, stopped = _climb(search, density, guide.freedom, len(guide.log_share))
+    order = _order(density, guide)
+    parts = best.parts
+    spread = (parts.tril @ parts.tril.mT)[:, order][:, :, order]
+    guide.set(parts.share, parts.loc[:, order], torch.linalg.cholesky(spread))
+    told = {"method": "adaptive importance sampling", "tried": search.tried, "stopped": stopped}
+    told |= {"parts": len(parts.share), "evaluations": search.evaluations}
+    return told | ({"missed": best.missed} if best.weighs_well else {})
+
+
+def _climb(search: _Search, density: Potential, freedom: float, most: int) -> tuple[_Measured, str]:
+    """From the modes to as many parts as are needed; and why it ended."""
+    starts = [density.first, *(density.start(None) for _ in range(STARTS - 1))]
+    found = search.rung("Student-t at the mode", modes(search, starts, freedom))
+    while not found.good and 2 * len(found.parts.share) <= most:
+        parts = search.moved(found.parts.split())
+        found = search.rung(f"{len(parts.share)} Student-t parts", parts)
+    assert search.best is not None
+    if search.best.k_hat > USABLE_K and find_spec("nutpie") is not None:
+        search.rung("Student-t parts at draws of NUTS", _by_chains(search, density, most))
+    if search.best.good:
+        return search.best, "weights are good"
+    if search.best.weighs_well:
+        return search.best, "weights are good, but walkers find more than the draws do"
+    if search.best.k_hat <= USABLE_K:
+        return search.best, "weights can be used, and get no better"
+    return search.best, "weights cannot be used, and get no better"
+
+
+def _by_chains(search: _Search, density: Potential, parts: int) -> Parts:
+    """Parts at the draws of chains, which begin at draws of the best so far and move as those are wide."""
+    assert search.best is not None
+    before = search.best.parts
+    white = Whitened.of(before.sample(100 * density.size))
+
+    def one(z: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = search.density(white.point(z)[None])
+        return value[0], gradient[0] @ white.tril
+
+    seeds = torch.randint(2**31, (CHAINS,)).tolist()
+    with tqdm(disable=True) as bar:
+        chains = [nutpie_chain(one, white.z(before.sample(1)[0]), CHAIN, seed, bar) for seed in seeds]
+    search.evaluations += sum(chain.gradients for chain in chains)
+    draws = torch.cat([white.point(chain.path) for chain in chains])
+    equal = torch.full((len(draws),), 1 / len(draws)).double()
+    tril = Whitened.of(draws).tril.expand(parts, -1, -1)
+    first = Parts(
+        equal.new_full((parts,), 1 / parts), draws[torch.randperm(len(draws))[:parts]], tril, before.freedom
+    )
+    return first.moved(draws, equal, 30)
+
+
+def modes(search: _Search, starts: Sequence[Tensor], freedom: float) -> Parts:
+    """One part at each mode that holds something, shares by Laplace's approximation."""
+    kept: list[tuple[float, Tensor, Tensor]] = []
+    for start in starts:
+        value, x, tril = mode(search, start)
+        holds = value + float(tril.diagonal().log().sum())
+        away = [torch.linalg.solve_triangular(t, (x - m)[:, None], upper=False).norm() for _, m, t in kept]
+        if all(float(a) > 3.0 for a in away):
+            kept.append((holds, x, tril))
+    most = max(holds for holds, _, _ in kept)
+    kept = [one for one in kept if one[0] > most - NEGLIGIBLE]
+    share = torch.softmax(torch.tensor([holds for holds, _, _ in kept], dtype=torch.float64), 0)
+    return Parts(share, torch.stack([x for _, x, _ in kept]), torch.stack([t for *_, t in kept]), freedom)
+
+
+def mode(search: _Search, x: Tensor, steps: int = 100) -> tuple[float, Tensor, Tensor]:
+    """Newton's method, many lengths of a step tried at once; log density, place and lower triangle there.
+
+    Coordinates are scaled by the curvature at each step, so that units do not matter, and directions in which
+    the density curves upwards are climbed.
+    """
+    unit, lengths = 1e-2 * (1 + x.abs()), 2.0 ** torch.arange(-12, 9).double()
+    value, slope = (part[0] for part in search.density(x[None]))
+    root = torch.diag(unit)
+    for _ in range(steps):
+        for _ in range(2):
+            bend = _bend(search, x, torch.diag(unit))
+            unit = unit * bend.diagonal().abs().clamp(1e-6, 1e6).rsqrt()
+        values, vectors = torch.linalg.eigh(-_bend(search, x, torch.diag(unit)))
+        root = unit[:, None] * vectors * values.abs().clamp_min(1e-6).rsqrt()
+        ahead = slope @ root
+        if float(ahead.norm()) < 1e-3 and bool((values > 0).all()):
+            break
+        moves = torch.cat([lengths[:, None] * (root @ ahead), lengths[:, None] * (unit**2 * slope)])
+        there, slopes = search.density(x + moves)
+        search.evaluations += len(moves)
+        ends = (_end_of_rise(there[: len(lengths)]), len(lengths) + _end_of_rise(there[len(lengths) :]))
+        at = max(ends, key=lambda place: float(there[place]))
+        if not there[at] > value:
+            break
+        x, value, slope = x + moves[at], there[at], slopes[at]
+    return float(value), x, torch.linalg.cholesky(root @ root.mT)
+
+
+def _end_of_rise(values: Tensor) -> int:
+    """Where values first fall: beyond may be another mode, which is for another start."""
+    falls = values[1:] < values[:-1] - 1e-12 * values[:-1].abs()
+    return int(falls.int().argmax()) if bool(falls.any()) else len(values) - 1
+
+
+def _bend(search: _Search, x: Tensor, root: Tensor, apart: float = 0.1) -> Tensor:
+    """Second derivatives along the columns of a matrix, by differences."""
+    slopes = search.density(torch.cat([x + apart * root.mT, x - apart * root.mT]))[1] @ root
+    search.evaluations += 2 * len(x)
+    bend = (slopes[: len(x)] - slopes[len(x) :]) / (2 * apart)
+    return 0.5 * (bend + bend.mT)
+
+
+def _measured(parts: Parts, log_weight: Tensor) -> _Measured:
+    share = float(1 / torch.softmax(log_weight, 0).square().sum()) / len(log_weight)
+    return _Measured(parts, pareto_k(log_weight.numpy()), share)
+
+
+def _rank(found: _Measured) -> tuple[bool, bool, bool, float, float]:
+    return found.k_hat <= USABLE_K, found.good, found.weighs_well, -found.missed, found.share
+
+
+def _order(density: Potential, guide: AdaptedGuide) -> Tensor:
+    """Places in the density's vector of the entries of the guide's."""
+    places, first = {}, 0
+    for name, shape in density.shapes.items():
+        places[name] = torch.arange(first, first + shape.numel())
+        first += shape.numel()
+    return torch.cat([places[slot.name] for slot in guide.slots])

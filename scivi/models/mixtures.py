@@ -1,0 +1,76 @@
+"""``Adapted``: Student-t distributions over all latents together, mixed, which no gradient steps place.
+
+References:
+    Cappé, Douc, Guillin, Marin, Robert 2008, Stat. Comput. 18, 447, arXiv:0710.4242 (mixtures of Student-t
+    distributions as proposals, fitted to their own weighted draws).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from scivi.errors import Unsupported
+from scivi.models.guides import JointGuide, Slot, Start, refuse_discrete, slots_of
+from scivi.models.sites import Site
+
+MOST_LATENTS = 200  # entries of all latents together (our choice: the covariances of 16 parts, 2.5 MB)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A guide that is fitted by adaptive importance sampling; ``guide="auto"`` is this with its defaults.
+
+    One Student-t distribution at the mode; more, up to ``components``, for as long as importance weights show
+    that the posterior is not reached. All rows are needed at once, and latents may be 200 numbers together.
+
+    Args:
+        components: the most.
+        freedom: degrees of freedom: tails heavier than the posterior's keep weights bounded (our choice).
+    """
+
+    components: int = 16
+    freedom: float = 4.0
+
+    def build(self, sites: Sequence[Site], starts: Start, nesting: int) -> nn.Module:
+        """See ``Family.build``."""
+        refuse_discrete(sites, "adapted")
+        slots, start = slots_of(sites, starts)
+        if len(start) > MOST_LATENTS:
+            raise Unsupported(
+                f'guide="auto" holds at most {MOST_LATENTS} latents together; here are {len(start)}. Write a '
+                f"guide for the rows, or take MeanField() or JointNormal(rank=...)."
+            )
+        return AdaptedGuide(slots, start, self, nesting)
+
+
+class AdaptedGuide(JointGuide):
+    """The module of ``Adapted``: buffers ``log_share`` (K,), ``loc`` (K, D) and ``tril`` (K, D, D)."""
+
+    log_share: Tensor
+    loc: Tensor
+    tril: Tensor
+
+    def __init__(self, slots: Sequence[Slot], start: Tensor, family: Adapted, nesting: int) -> None:
+        super().__init__(slots, nesting)
+        self.freedom, k, d = family.freedom, family.components, len(start)
+        self.register_buffer("log_share", torch.full((k,), -torch.inf))
+        self.register_buffer("loc", start.detach().expand(k, -1).clone())
+        self.register_buffer("tril", torch.eye(d).expand(k, -1, -1).clone())
+        self.log_share[0] = 0.0
+
+    def distribution(self) -> dist.TorchDistribution:
+        """The mixture, event (D,)."""
+        parts = dist.MultivariateStudentT(self.loc.new_tensor(self.freedom), self.loc, self.tril)
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.log_share), parts)
+
+    @torch.no_grad()
+    def set(self, share: Tensor, loc: Tensor, tril: Tensor) -> None:
+        """Give it parts: shares (k,) that sum to one, places (k, D) and lower triangles (k, D, D)."""
+        k = len(share)
+        self.log_share.fill_(-torch.inf)
+        self.log_share[:k], self.loc[:k], self.tril[:k] = share.log(), loc, tril
