@@ -197,7 +197,7 @@ class _Search:
         return truncated(self.value - (torch.logsumexp(mixed, 0) - math.log(len(mixed))))
 
     def walk(self) -> tuple[Tensor, Tensor]:
-        """Where walkers come to that begin at draws, each with a step of its own; and the log density there."""
+        """Where walkers come to that begin at draws, each with its own step; and the log density there."""
         weight = self.weight()
         x = self.points[torch.multinomial(weight, WALKERS, replacement=True)]
         away = self.points - weight @ self.points
