@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from scivi.errors import Unsupported
 from scivi.inference.chains import Length, nutpie_chain
 from scivi.inference.importance import USABLE_K, pareto_k, truncated
-from scivi.inference.potential import Potential, Whitened, many, potential
+from scivi.inference.potential import Potential, Whitened, fast, many, potential
 from scivi.inference.scores import quiet
 from scivi.inputs.batches import chunks
 from scivi.models.binding import Bound, bind, seeded, stream_seed
@@ -51,6 +51,7 @@ WALKERS, WALKS, STEPS = 300, 2, 15  # what looks around, trajectories of each, a
 STRIDES = -3.5, -0.7  # logarithms of the least and the largest step, in sd (our choice)
 BEYOND, MISSED = math.log(2.0), 0.01  # weights beyond the largest, and walkers that may see them (our choice)
 CHAINS, CHAIN = 4, Length(draws=1000, warmup=500)
+LEAPS = 10  # of a draw of theirs, to foresee how long they are
 NEGLIGIBLE = 10.0  # nats by which a mode may hold less than another and be left out (our choice)
 
 
@@ -108,7 +109,9 @@ class Parts:
             spread = known * spread + (1 - known) * (mass[:, None, None] * spread).sum(0) / mass.sum()
             kept = mass > 1e-3 * mass.sum()
             ridge = 1e-10 * spread[kept].diagonal(dim1=-2, dim2=-1)
-            tril = torch.linalg.cholesky(spread[kept] + torch.diag_embed(ridge))
+            tril, failed = torch.linalg.cholesky_ex(spread[kept] + torch.diag_embed(ridge))
+            if bool(failed.any()):  # fewer draws than dimensions have weight
+                return parts
             parts = Parts(mass[kept] / mass[kept].sum(), loc[kept], tril, nu)
         return parts
 
@@ -179,6 +182,15 @@ class _Search:
         )
         return found
 
+    def lost(self, found: _Measured) -> bool:
+        """Whether too few draws have weight for parts to be moved to."""
+        return found.share * self.draws < 2
+
+    def forget(self) -> None:
+        """Leave all draws behind."""
+        self.points, self.value, self.drawn_from = self.points[:0], self.value[:0], []
+        self.walked = self.walked[:0]
+
     def drawn(self, parts: Parts) -> Tensor:
         """Log weights of new draws, which are kept."""
         new = parts.sample(self.draws)
@@ -231,7 +243,7 @@ class _Search:
         begun, first, shares = time.perf_counter(), self.evaluations, [0.0]
         found = self.round(parts)
         for _ in range(ROUNDS - 1):
-            if found.good or (len(shares) > 2 and found.share < BETTER * max(shares)):
+            if found.good or self.lost(found) or (len(shares) > 2 and found.share < BETTER * max(shares)):
                 break
             shares.append(found.share)
             found = self.round(self.moved(found.parts))
@@ -288,12 +300,13 @@ def _climb(search: _Search, density: Potential, freedom: float, most: int) -> tu
     """From the modes to as many parts as are needed; and why it ended."""
     starts = [density.first, *(density.start(None) for _ in range(STARTS - 1))]
     found = search.rung("Student-t at the mode", modes(search, starts, freedom))
-    while not found.good and 2 * len(found.parts.share) <= most:
+    while not found.good and not search.lost(found) and 2 * len(found.parts.share) <= most:
         parts = search.moved(found.parts.split())
         found = search.rung(f"{len(parts.share)} Student-t parts", parts)
     assert search.best is not None
     if search.best.k_hat > USABLE_K and find_spec("nutpie") is not None:
-        search.rung("Student-t parts at draws of NUTS", _by_chains(search, density, most))
+        parts = _by_chains(search, density, starts, search.best.parts, most)
+        search.rung("Student-t parts at draws of NUTS", parts)
     if search.best.good:
         return search.best, "weights are good"
     if search.best.weighs_well:
@@ -303,27 +316,21 @@ def _climb(search: _Search, density: Potential, freedom: float, most: int) -> tu
     return search.best, "weights cannot be used, and get no better"
 
 
-def _by_chains(search: _Search, density: Potential, parts: int) -> Parts:
-    """Parts at the draws of chains, which begin at draws of the best so far and move as those are wide."""
-    assert search.best is not None
-    before = search.best.parts
-    white = Whitened.of(before.sample(100 * density.size))
-
-    def one(z: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = search.density(white.point(z)[None])
-        return value[0], gradient[0] @ white.tril
-
+def _by_chains(
+    search: _Search, density: Potential, starts: Sequence[Tensor], like: Parts, parts: int
+) -> Parts:
+    """Parts at the draws of chains, which begin anew: modes may lie where nothing is."""
+    function, _ = fast(density, LEAPS * CHAINS * (CHAIN.draws + CHAIN.warmup))
     seeds = torch.randint(2**31, (CHAINS,)).tolist()
     with tqdm(disable=True) as bar:
-        chains = [nutpie_chain(one, white.z(before.sample(1)[0]), CHAIN, seed, bar) for seed in seeds]
+        chains = [nutpie_chain(function, x, CHAIN, seed, bar) for x, seed in zip(starts, seeds, strict=False)]
     search.evaluations += sum(chain.gradients for chain in chains)
-    draws = torch.cat([white.point(chain.path) for chain in chains])
+    draws = torch.cat([chain.path for chain in chains])
+    search.forget()
     equal = torch.full((len(draws),), 1 / len(draws)).double()
     tril = Whitened.of(draws).tril.expand(parts, -1, -1)
-    first = Parts(
-        equal.new_full((parts,), 1 / parts), draws[torch.randperm(len(draws))[:parts]], tril, before.freedom
-    )
-    return first.moved(draws, equal, 30)
+    loc = draws[torch.randperm(len(draws))[:parts]]
+    return Parts(equal.new_full((parts,), 1 / parts), loc, tril, like.freedom).moved(draws, equal, 30)
 
 
 def modes(search: _Search, starts: Sequence[Tensor], freedom: float) -> Parts:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FEWEST = 25  # draws: a tail of five, the fewest that ArviZ fits
 USABLE_K = 0.7  # above, weights cannot correct (Vehtari et al. 2024)
 
 
@@ -25,14 +26,18 @@ def truncated(log_weight: Tensor) -> Tensor:
 
 
 def pareto_k(log_weight: np.ndarray) -> float:
-    """K-hat of importance weights: the shape of their upper tail."""
+    """K-hat of importance weights: the shape of their upper tail; infinite if it cannot be told."""
     from arviz_stats.base.array import array_stats
 
     known = np.nan_to_num(log_weight, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
     most = known.max()
-    if not np.isfinite(most):
+    least = most - 700.0
+    # of few draws, or where a few hold all, there is no tail to look at
+    if len(known) < FEWEST or not np.isfinite(most) or (known > least).mean() < 0.5:
         return math.inf
-    return float(array_stats.psislw(-np.maximum(known, most - 700.0))[1])  # which takes minus the logarithms
+    if np.ptp(known) < 1e-6:  # equal up to rounding
+        return 0.0
+    return float(array_stats.psislw(-np.maximum(known, least))[1])  # which takes minus the logarithms
 
 
 def chosen(values: Mapping[str, Tensor], log_weight: Tensor, draws: int) -> dict[str, Tensor]:

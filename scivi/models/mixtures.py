@@ -30,11 +30,13 @@ class Adapted:
 
     Args:
         components: the most.
-        freedom: degrees of freedom: tails heavier than the posterior's keep weights bounded (our choice).
+        freedom: degrees of freedom; None for 4, and a third of the number of latents where these are more:
+            tails heavier than the posterior's keep weights bounded, and cost more the more latents there are
+            (our choice).
     """
 
     components: int = 16
-    freedom: float = 4.0
+    freedom: float | None = None
 
     def build(self, sites: Sequence[Site], starts: Start, nesting: int) -> nn.Module:
         """See ``Family.build``."""
@@ -57,7 +59,8 @@ class AdaptedGuide(JointGuide):
 
     def __init__(self, slots: Sequence[Slot], start: Tensor, family: Adapted, nesting: int) -> None:
         super().__init__(slots, nesting)
-        self.freedom, k, d = family.freedom, family.components, len(start)
+        k, d = family.components, len(start)
+        self.freedom = max(4.0, d / 3) if family.freedom is None else family.freedom
         self.register_buffer("log_share", torch.full((k,), -torch.inf))
         self.register_buffer("loc", start.detach().expand(k, -1).clone())
         self.register_buffer("tril", torch.eye(d).expand(k, -1, -1).clone())
