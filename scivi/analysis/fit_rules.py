@@ -98,6 +98,8 @@ def importance(
     k-hat is a matter of dimension (see `weights.reliability`): the share of rows with a poor k-hat of their
     own decides about the rows, and the Newton finish, or NUTS on the same rows, about the population.
     """
+    if finish and finish.get("method") == "nuts":
+        return _kept(finish)
     joint, rows, result = found.get("reliability"), found.get("row_reliability"), []
     if joint is None and rows is None:
         text = "No importance weights were stored: how far the guide is from the posterior is unknown."
@@ -116,6 +118,21 @@ def importance(
     elif rows is not None and not (joint is not None and joint.attrs["decisive"]):
         result += _population(tree, found.get("compare"))
     return result
+
+
+def _kept(finish: Mapping[str, Any]) -> list[Check]:
+    """Draws of NUTS that stand for a guide: whether its chains have converged."""
+    r_hat, ess, bad, n = (finish[k] for k in ("r_hat", "ess", "divergences", "draws"))
+    longer = "Run scivi.nuts longer, or write the model in other coordinates (not centred)."
+    mixed = f"The draws are those of NUTS: no guide was good enough (R-hat at most {r_hat:.3f})."
+    size = f"The worst variable has {ess:,.0f} effective draws."
+    gone = f"{bad:,} of {n:,} draws diverged: places that they belong to were not reached."
+    # our choices: R-hat as everywhere; a divergence in a hundred draws is a place that is missing
+    return [
+        graded("R-hat", r_hat, 1.01, 1.05, mixed, mixed, longer),
+        either("effective draws", ess, 400, ess >= 400, "care", size, size, longer),
+        graded("divergences", bad / n, 0.0, 0.01, gone, gone, longer),
+    ]
 
 
 def _joint(joint: xr.Dataset) -> list[Check]:

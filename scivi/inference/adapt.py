@@ -7,7 +7,8 @@ expectation maximisation (Cappé et al. 2008). A round's own weights say how goo
 What no draw has reached they cannot say: so walkers, which begin at draws and move by the density's gradient
 (Hamiltonian Monte Carlo), are asked whether they come to where weights are larger than any that was seen.
 These measurements, and no loss curve, end the search, or split every part in two. If sixteen parts do not do,
-and nutpie is there, its chains show where the posterior lies, and the parts are fitted to their draws.
+and nutpie is there, its chains show where the posterior lies: parts are fitted to their draws, and if these
+do not do either, the draws themselves are kept.
 
 References:
     Cornuet, Marin, Mira, Robert 2012, Scand. J. Stat. 39, 798, doi:10.1111/j.1467-9469.2011.00756.x.
@@ -30,7 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scivi.errors import Unsupported
-from scivi.inference.chains import Length, nutpie_chain
+from scivi.inference.chains import Chain, Length, nutpie_chain
 from scivi.inference.importance import USABLE_K, pareto_k, truncated
 from scivi.inference.potential import Potential, Whitened, fast, many, potential
 from scivi.inference.scores import quiet
@@ -41,6 +42,7 @@ from scivi.models.mixtures import AdaptedGuide
 Density = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (point, D) to log density and gradient
 
 GOOD_K, GOOD_SHARE = 0.5, 0.3  # k-hat and share of effective draws at which the search ends (our choice)
+USABLE_SHARE = 0.02  # effective draws, of which four times as many are proposed (our choice)
 STARTS = 6  # of the search for modes (our choice)
 ROUND, ROUND_BY = 4000, 100  # draws of a round: at least, and for each latent (our choice)
 CONFIRMED = 4  # as many draws again confirm that weights are good (our choice)
@@ -131,8 +133,8 @@ class _Measured:
         parts: what was measured.
         k_hat: of its weights' tail.
         share: effective draws over draws.
-        missed: share of walkers that came to where the weight is twice the largest of the draws; 1 if nothing
-            was asked, since the weights alone are not good.
+        missed: share of walkers that came to where the weight is twice the largest of the draws; 1 if none
+            were asked.
     """
 
     parts: Parts
@@ -149,6 +151,11 @@ class _Measured:
     def good(self) -> bool:
         """Whether they are, and walkers find nothing that the draws have not."""
         return self.weighs_well and self.missed <= MISSED
+
+    @property
+    def usable(self) -> bool:
+        """Whether the weights can correct the draws."""
+        return self.k_hat <= USABLE_K and self.share >= USABLE_SHARE and self.missed <= MISSED
 
 
 class _Search:
@@ -171,9 +178,7 @@ class _Search:
             log_weight = torch.cat([log_weight, *(self.drawn(parts) for _ in range(CONFIRMED - 1))])
             found = _measured(parts, log_weight)
         if found.weighs_well:
-            self.walked, there = self.walk()
-            beyond = there - parts.log_prob(self.walked) > log_weight.max() + BEYOND
-            found = replace(found, missed=float(beyond.double().mean()))
+            found = self.asked(found, log_weight)
         if self.best is None or _rank(found) > _rank(self.best):
             self.best = found
         self.bar.update(1)
@@ -190,6 +195,19 @@ class _Search:
         """Leave all draws behind."""
         self.points, self.value, self.drawn_from = self.points[:0], self.value[:0], []
         self.walked = self.walked[:0]
+
+    def asked(self, found: _Measured, log_weight: Tensor) -> _Measured:
+        """The same, with what walkers say of it."""
+        self.walked, there = self.walk()
+        beyond = there - found.parts.log_prob(self.walked) > log_weight.max() + BEYOND
+        return replace(found, missed=float(beyond.double().mean()))
+
+    def confirmed(self) -> _Measured:
+        """The best so far, after walkers were asked where its weights can be used."""
+        assert self.best is not None
+        if self.best.missed == 1.0 and replace(self.best, missed=0.0).usable:
+            self.best = self.asked(self.best, self.drawn(self.best.parts))
+        return self.best
 
     def drawn(self, parts: Parts) -> Tensor:
         """Log weights of new draws, which are kept."""
@@ -286,51 +304,80 @@ def adapt(bound: Bound, source: Any, seed: int, progress: bool = True) -> dict[s
         at = many(pair, batch, density)
         with tqdm(disable=not progress, desc=f"{template.name}: rounds", unit="round") as bar:
             search = _Search(at, density.size, bar)
-            best, stopped = _climb(search, density, guide.freedom, len(guide.log_share))
+            best, stopped, chains = _climb(search, density, guide.freedom, len(guide.log_share))
+    told = {"tried": search.tried, "stopped": stopped, "evaluations": search.evaluations}
     order = _order(density, guide)
+    if chains is not None:
+        draws = torch.cat([chain.path for chain in chains])
+        guide.keep(draws[torch.randperm(len(draws), generator=torch.Generator().manual_seed(seed))][:, order])
+        return {"method": "nuts", **told, **_converged(chains)}
     parts = best.parts
     spread = (parts.tril @ parts.tril.mT)[:, order][:, :, order]
     guide.set(parts.share, parts.loc[:, order], torch.linalg.cholesky(spread))
-    told = {"method": "adaptive importance sampling", "tried": search.tried, "stopped": stopped}
-    told |= {"parts": len(parts.share), "evaluations": search.evaluations}
-    return told | ({"missed": best.missed} if best.weighs_well else {})
+    told |= {"method": "adaptive importance sampling", "parts": len(parts.share)}
+    return told | ({"missed": best.missed} if best.k_hat <= USABLE_K else {})
 
 
-def _climb(search: _Search, density: Potential, freedom: float, most: int) -> tuple[_Measured, str]:
-    """From the modes to as many parts as are needed; and why it ended."""
+def _climb(
+    search: _Search, density: Potential, freedom: float, most: int
+) -> tuple[_Measured, str, list[Chain] | None]:
+    """From the modes to as many parts as are needed, and to chains if none do; why it ended."""
     starts = [density.first, *(density.start(None) for _ in range(STARTS - 1))]
     found = search.rung("Student-t at the mode", modes(search, starts, freedom))
     while not found.good and not search.lost(found) and 2 * len(found.parts.share) <= most:
         parts = search.moved(found.parts.split())
         found = search.rung(f"{len(parts.share)} Student-t parts", parts)
-    assert search.best is not None
-    if search.best.k_hat > USABLE_K and find_spec("nutpie") is not None:
-        parts = _by_chains(search, density, starts, search.best.parts, most)
-        search.rung("Student-t parts at draws of NUTS", parts)
-    if search.best.good:
-        return search.best, "weights are good"
-    if search.best.weighs_well:
-        return search.best, "weights are good, but walkers find more than the draws do"
-    if search.best.k_hat <= USABLE_K:
-        return search.best, "weights can be used, and get no better"
-    return search.best, "weights cannot be used, and get no better"
+    best, chains = search.confirmed(), None
+    if not best.usable and find_spec("nutpie") is not None:
+        chains = _chains(search, density, starts)
+        draws = torch.cat([chain.path for chain in chains])
+        for n in range(0, most.bit_length(), 2):  # 1, 4, 16 parts
+            name = f"{2**n} Student-t part{'s' * (n > 0)} at draws of NUTS"
+            found = search.rung(name, _parts_at(draws, 2**n, freedom))
+            if found.good:
+                break
+        best = search.confirmed()
+    if best.good:
+        return best, "weights are good", None
+    if best.usable:
+        return best, "weights can be used, and walkers find nothing else", None
+    if chains is not None:
+        return best, "weights cannot be used: draws of NUTS are kept", chains
+    return best, "weights cannot be used, and nutpie is not installed, whose draws would be kept", None
 
 
-def _by_chains(
-    search: _Search, density: Potential, starts: Sequence[Tensor], like: Parts, parts: int
-) -> Parts:
-    """Parts at the draws of chains, which begin anew: modes may lie where nothing is."""
+def _converged(chains: Sequence[Chain]) -> dict[str, Any]:
+    """What chains say of themselves, the worst of all coordinates."""
+    from arviz_stats.base import array
+
+    stats: Any = array.array_stats
+    paths = torch.stack([chain.path for chain in chains]).numpy()  # (chain, draw, D)
+    every = [paths[..., k] for k in range(paths.shape[-1])]
+    return {
+        "r_hat": max(float(stats.rhat(one, method="rank")) for one in every),
+        "ess": min(float(stats.ess(one, method="bulk")) for one in every),
+        "divergences": int(sum(chain.stats["diverging"].sum() for chain in chains)),
+        "draws": paths.shape[0] * paths.shape[1],
+    }
+
+
+def _chains(search: _Search, density: Potential, starts: Sequence[Tensor]) -> list[Chain]:
+    """Chains that begin anew: modes may lie where nothing is."""
     function, _ = fast(density, LEAPS * CHAINS * (CHAIN.draws + CHAIN.warmup))
     seeds = torch.randint(2**31, (CHAINS,)).tolist()
     with tqdm(disable=True) as bar:
         chains = [nutpie_chain(function, x, CHAIN, seed, bar) for x, seed in zip(starts, seeds, strict=False)]
     search.evaluations += sum(chain.gradients for chain in chains)
-    draws = torch.cat([chain.path for chain in chains])
     search.forget()
+    return chains
+
+
+def _parts_at(draws: Tensor, n: int, freedom: float) -> Parts:
+    """So many parts, fitted to draws (draw, D)."""
     equal = torch.full((len(draws),), 1 / len(draws)).double()
-    tril = Whitened.of(draws).tril.expand(parts, -1, -1)
-    loc = draws[torch.randperm(len(draws))[:parts]]
-    return Parts(equal.new_full((parts,), 1 / parts), loc, tril, like.freedom).moved(draws, equal, 30)
+    tril = Whitened.of(draws).tril.expand(n, -1, -1)
+    loc = draws[torch.randperm(len(draws))[:n]]
+    return Parts(equal.new_full((n,), 1 / n), loc, tril, freedom).moved(draws, equal, 30)
 
 
 def modes(search: _Search, starts: Sequence[Tensor], freedom: float) -> Parts:

@@ -40,6 +40,7 @@ from scivi.inference.trees import SAMPLED, Named, data_groups, labels_of, plain_
 from scivi.inputs.batches import Batch, chunks, read_batch
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.guides import JointGuide
+from scivi.models.mixtures import AdaptedGuide
 from scivi.models.sites import row_dim_of, sample_sites
 
 Groups = dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]]  # by group and name: dims and values
@@ -214,7 +215,7 @@ def _stacked(found: Sequence[Groups]) -> Groups:
 def _totals(chains: Sequence[_Chain], source: Any) -> Named:
     """What holds for a draw as a whole, (chain, draw)."""
     totals = {"lp": [c.log_joint for c in chains]}
-    if not any(c.corrected for c in chains):
+    if not any(c.corrected or c.kept for c in chains):
         totals["log_q"] = [c.log_guide for c in chains]
     weights = [c.global_weights(source) for c in chains]
     if all(w is not None for w in weights):
@@ -232,7 +233,7 @@ def _totals(chains: Sequence[_Chain], source: Any) -> Named:
 def _correct(chains: Sequence[_Chain], source: Any, asked: bool | None) -> None:
     """Let draws be taken from more by their weights where that helps; of all chains or none."""
     able = all(isinstance(c.fit.bound.nets.guide, JointGuide) and not c.summed for c in chains)
-    if asked is False or not (able or asked):
+    if asked is False or any(c.kept for c in chains) or not (able or asked):
         return
     if not able:
         raise Unsupported(
@@ -267,6 +268,12 @@ class _Chain:
     def corrected(self) -> bool:
         """Whether the draws were taken from more by their weights."""
         return self.proposal_log_weight.size > 0
+
+    @property
+    def kept(self) -> bool:
+        """Whether the guide hands out draws of NUTS, whose density is not known."""
+        guide = self.fit.bound.nets.guide
+        return isinstance(guide, AdaptedGuide) and bool(guide.n_kept)
 
     @property
     def summed(self) -> bool:
@@ -327,7 +334,7 @@ class _Chain:
         weight = row_weight(bound, guide, model, batch, draws)
         outside = _outside(self.fit, batch)
         poor = outside.copy()
-        if self.corrected:
+        if self.corrected or self.kept:
             weight = None
         if weight is not None:
             poor |= _effective_share(weight) < POOR_SHARE

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from scivi.errors import Unsupported
 from scivi.models.guides import JointGuide, Slot, Start, refuse_discrete, slots_of
 from scivi.models.sites import Site
 
 MOST_LATENTS = 200  # entries of all latents together (our choice: the covariances of 16 parts, 2.5 MB)
+
+MOST_KEPT = 4000  # draws of NUTS (our choice: as many as a run here makes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +54,40 @@ class Adapted:
         return AdaptedGuide(slots, start, self, nesting)
 
 
-class AdaptedGuide(JointGuide):
-    """The module of ``Adapted``: buffers ``log_share`` (K,), ``loc`` (K, D) and ``tril`` (K, D, D)."""
+class Kept(dist.TorchDistribution):
+    """Draws (N, D) that were made elsewhere, handed out in random order; their density is not known (NaN)."""
 
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support: Any = constraints.real_vector
+
+    def __init__(self, draws: Tensor, batch_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
+        self.draws = draws
+        super().__init__(batch_shape, draws.shape[1:], validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Kept:
+        """The same for more draws."""
+        return Kept(self.draws, torch.Size(batch_shape))
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Without one twice, up to as many as there are."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        n, device = shape.numel(), self.draws.device
+        rounds = [torch.randperm(len(self.draws), device=device) for _ in range(-(-n // len(self.draws)))]
+        return self.draws[torch.cat(rounds)[:n]].reshape(shape + self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Not known."""
+        return torch.full_like(value[..., 0], torch.nan)
+
+
+class AdaptedGuide(JointGuide):
+    """The module of ``Adapted``: buffers ``log_share`` (K,), ``loc`` (K, D) and ``tril`` (K, D, D).
+
+    Where the search has ended in NUTS, ``kept`` (MOST_KEPT, D) are its draws, and ``n_kept`` how many.
+    """
+
+    kept: Tensor
+    n_kept: Tensor
     log_share: Tensor
     loc: Tensor
     tril: Tensor
@@ -64,12 +99,23 @@ class AdaptedGuide(JointGuide):
         self.register_buffer("log_share", torch.full((k,), -torch.inf))
         self.register_buffer("loc", start.detach().expand(k, -1).clone())
         self.register_buffer("tril", torch.eye(d).expand(k, -1, -1).clone())
+        self.register_buffer("kept", start.new_zeros(MOST_KEPT, d))
+        self.register_buffer("n_kept", torch.zeros((), dtype=torch.int64))
         self.log_share[0] = 0.0
 
     def distribution(self) -> dist.TorchDistribution:
-        """The mixture, event (D,)."""
+        """The mixture, or the draws that are kept; event (D,)."""
+        if n := int(self.n_kept):
+            return Kept(self.kept[:n])
         parts = dist.MultivariateStudentT(self.loc.new_tensor(self.freedom), self.loc, self.tril)
         return dist.MixtureSameFamily(dist.Categorical(logits=self.log_share), parts)
+
+    @torch.no_grad()
+    def keep(self, draws: Tensor) -> None:
+        """Hand out these draws (N, D) instead, of which every so-manieth is kept if they are too many."""
+        some = draws[:: -(-len(draws) // MOST_KEPT)]
+        self.n_kept.fill_(len(some))
+        self.kept[: len(some)] = some
 
     @torch.no_grad()
     def set(self, share: Tensor, loc: Tensor, tril: Tensor) -> None:

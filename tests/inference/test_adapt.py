@@ -26,6 +26,7 @@ from scivi.errors import TemplateError, Unsupported
 from scivi.inference import adapt
 from scivi.inference.importance import chosen, pareto_k
 from scivi.models.guides import JointNormal, MeanField
+from scivi.models.mixtures import Adapted
 
 S = 4000
 NOISE, SLOPE_SD = 0.5, 3.0
@@ -295,17 +296,72 @@ def _many(n):
     return replace(one(model), dims={"z": ("row",)})
 
 
-def test_chains_show_where_parts_did_not_reach(monkeypatch):
-    """With one part at most, and a bent posterior, nutpie's draws are what parts are fitted to in the end."""
+@pytest.fixture(scope="module")
+def chains():
+    """A bent posterior, one part at most, and weights of which none are good enough: NUTS is what is left."""
     pytest.importorskip("nutpie")
-    from scivi.models.mixtures import Adapted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt, "ROUNDS", 1)
+        patch.setattr(adapt, "USABLE_K", -10.0)
+        template = replace(one(banana, ("a", "b")), guide=Adapted(components=1))
+        return scivi.fit(template, {"y": np.zeros(1)}, progress=False)
 
-    monkeypatch.setattr(adapt, "ROUNDS", 1)
-    monkeypatch.setattr(adapt, "USABLE_K", -10.0)  # so that nothing is ever good enough
-    template = replace(one(banana, ("a", "b")), guide=Adapted(components=2))
-    fit = scivi.fit(template, {"y": np.zeros(1)}, progress=False)
-    tried = fit.provenance["fit"]["finish"]["tried"]
-    assert [t["guide"] for t in tried] == [
-        "Student-t at the mode", "2 Student-t parts", "Student-t parts at draws of NUTS",
-    ]  # fmt: skip
-    assert tried[2]["effective_share"] > tried[0]["effective_share"]
+
+def test_where_no_guide_will_do_draws_of_nuts_are_kept(chains):
+    finish = chains.provenance["fit"]["finish"]
+    names = ["Student-t at the mode", "1 Student-t part at draws of NUTS"]
+    assert [t["guide"] for t in finish["tried"]] == names
+    assert finish["tried"][1]["effective_share"] > finish["tried"][0]["effective_share"]
+    assert finish["method"] == "nuts"
+    assert finish["stopped"] == "weights cannot be used: draws of NUTS are kept"
+    tree = scivi.draw(chains, {"y": np.zeros(1)}, 4000)
+    (a, b), n = (tree["posterior"][name].values.ravel() for name in ("a", "b")), finish["ess"]
+    assert a.mean() == pytest.approx(0, abs=4 / n**0.5)
+    assert np.std(b - 2 * a**2) == pytest.approx(0.4, rel=4 / (2 * n) ** 0.5)
+    assert len(np.unique(a)) > 3000  # each once; NUTS stays where it is now and then
+    assert not {"log_q", "proposal_log_weight"} & set(tree["sample_stats"].data_vars)
+    more = scivi.draw(chains, {"y": np.zeros(1)}, 5000)["posterior"]["a"].values
+    assert len(np.unique(more)) == len(np.unique(a))
+
+
+def test_kept_draws_are_judged_by_their_chains(chains):
+    """R-hat, effective size and divergences as recorded; changed ones change the verdict."""
+    tree = scivi.draw(chains, {"y": np.zeros(1)}, 500)
+
+    def verdict(**changes):
+        told = json.loads(tree.attrs["provenance"])
+        told["fit"]["finish"] |= {"r_hat": 1.003, "ess": 900.0, "divergences": 0} | changes
+        changed = tree.copy()
+        changed.attrs["provenance"] = json.dumps(told)
+        return report(changed).attrs["verdict"]
+
+    assert verdict() == "trust"
+    assert verdict(r_hat=1.02) == verdict(ess=300.0) == verdict(divergences=3) == "trust with care"
+    assert verdict(r_hat=1.06) == verdict(divergences=60) == "do not trust"
+
+
+def test_a_saved_fit_hands_out_the_same_draws_of_nuts(chains, tmp_path):
+    scivi.save(chains, tmp_path / "fit")
+    again = scivi.load(tmp_path / "fit", template=chains.template)
+    first, second = (
+        scivi.draw(f, {"y": np.zeros(1)}, 100)["posterior"].to_dataset() for f in (chains, again)
+    )
+    xr.testing.assert_equal(first, second)
+
+
+def test_a_mode_without_bottom_is_left_for_chains():
+    """Eight schools, centred: the density is unbounded where tau goes to zero, and chains diverge there."""
+    pytest.importorskip("nutpie")
+
+    def model(batch, prior, nets):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).to(batch.y), 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(torch.tensor(5.0).to(batch.y)))
+        with batch.plate("row"):
+            batch.observe("y", dist.Normal(pyro.sample("theta", dist.Normal(mu, tau)), batch.sd))
+
+    fields = {"y": Field(("row",), role="observed"), "sd": Field(("row",))}
+    template = replace(one(model), fields=fields, dims={"mu": (), "tau": (), "theta": ("row",)})
+    data = {"y": np.array([28.0, 8, -3, 7, -1, 1, 18, 12]), "sd": np.array([15.0, 10, 16, 11, 9, 11, 10, 18])}
+    fit = scivi.fit(template, data, progress=False)
+    assert fit.provenance["fit"]["finish"]["method"] == "nuts"
+    assert report(scivi.draw(fit, data, 500)).attrs["verdict"] != "trust"
