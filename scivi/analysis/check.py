@@ -11,7 +11,8 @@ import xarray as xr
 Counts = Literal["decides", "care", "note"]
 
 RICHER = (
-    "Use a richer guide (full rank, low rank or a flow), or the marginal objective with its Newton finish; "
+    'Use a richer guide (guide="auto" where latents are few, or a flow), or the marginal objective with its '
+    "Newton finish; "
     "or run scivi.nuts on these data and keep its posterior."
 )
 

@@ -45,7 +45,7 @@ GOOD_K, GOOD_SHARE = 0.5, 0.3  # k-hat and share of effective draws at which the
 USABLE_SHARE = 0.02  # effective draws, of which four times as many are proposed (our choice)
 STARTS = 6  # of the search for modes (our choice)
 ROUND, ROUND_BY = 4000, 100  # draws of a round: at least, and for each latent (our choice)
-CONFIRMED = 4  # as many draws again confirm that weights are good (our choice)
+CONFIRMED = 2  # times as many draws confirm that weights are good (our choice)
 KEPT = 6  # times as many draws that are remembered (our choice)
 ROUNDS = 5  # with the same number of parts (our choice)
 BETTER = 1.1  # by which the share must grow from round to round, or parts are split (our choice)
@@ -161,7 +161,8 @@ class _Measured:
 class _Search:
     """The latest draws, what they were drawn from, and what each round has shown."""
 
-    def __init__(self, density: Density, dims: int, bar: tqdm) -> None:
+    def __init__(self, density: Density, value_of: Callable[[Tensor], Tensor], dims: int, bar: tqdm) -> None:
+        self.value_of = value_of  # without the gradient
         self.density, self.bar, self.draws = density, bar, max(ROUND, ROUND_BY * dims)
         self.points, self.value = torch.empty(0, dims).double(), torch.empty(0).double()
         self.drawn_from: list[Parts] = []
@@ -212,7 +213,7 @@ class _Search:
     def drawn(self, parts: Parts) -> Tensor:
         """Log weights of new draws, which are kept."""
         new = parts.sample(self.draws)
-        value, kept = self.density(new)[0], (KEPT - 1) * self.draws
+        value, kept = self.value_of(new), (KEPT - 1) * self.draws
         self.points, self.value = (
             torch.cat([self.points[-kept:], new]),
             torch.cat([self.value[-kept:], value]),
@@ -301,9 +302,9 @@ def adapt(bound: Bound, source: Any, seed: int, progress: bool = True) -> dict[s
     with seeded(stream_seed(seed, "sampling")), quiet(), poutine.block():
         pair = bind(template, batch, seed)
         density = potential(pair, batch)
-        at = many(pair, batch, density)
+        at, value_of = many(pair, batch, density)
         with tqdm(disable=not progress, desc=f"{template.name}: rounds", unit="round") as bar:
-            search = _Search(at, density.size, bar)
+            search = _Search(at, value_of, density.size, bar)
             best, stopped, chains = _climb(search, density, guide.freedom, len(guide.log_share))
     told = {"tried": search.tried, "stopped": stopped, "evaluations": search.evaluations}
     order = _order(density, guide)

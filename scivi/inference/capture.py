@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -165,6 +165,16 @@ def compiled(graph: GraphModule, examples: Sequence[Tensor]) -> tuple[Function, 
             return function(*arguments)
 
     return alone, "compiled"
+
+
+def first_of(graph: GraphModule) -> GraphModule:
+    """The graph of the first result alone, as a tuple of one, without what only the others need."""
+    made = GraphModule(graph, deepcopy(graph.graph))
+    out = next(node for node in made.graph.nodes if node.op == "output")
+    out.args = ((cast(Any, out.args[0])[0],),)
+    made.graph.eliminate_dead_code()
+    made.recompile()
+    return made
 
 
 def largest_of(graph: GraphModule) -> int:

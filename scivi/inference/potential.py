@@ -8,7 +8,7 @@ Discrete latents are summed. Float64 on the CPU, whatever the fit was made in.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
 from scivi.errors import FitError, Unsupported
-from scivi.inference.capture import Function, captured, compiled, largest_of, stacked
+from scivi.inference.capture import Function, captured, compiled, first_of, largest_of, stacked
 from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
@@ -230,40 +230,46 @@ def refuse_unless_singular(error: RuntimeError) -> None:
         raise error
 
 
-def many(bound: Bound, batch: Batch, density: Potential) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The density and its gradient at many points at once, (point, n) to (point,) and (point, n).
+def many(
+    bound: Bound, batch: Batch, density: Potential
+) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor], Tensor]]:
+    """Density and gradient of many points at once, (point, n) to (point,) and (point, n); and density alone.
 
     Captured and stacked where that can be had. Minus infinity and no gradient where a matrix cannot be
     factored.
     """
     try:
         graph = captured(lambda x: density.density(x), [density.first])
-        each, function, largest = graph, stacked(graph, [False]), largest_of(graph)
     except Unsupported:
-        each, function = density.density, together(bound, batch, density)
-        largest = sum(value.numel() for value in batch.values.values())
+        entries = sum(value.numel() for value in batch.values.values())
+        both = _safe(density.density, together(bound, batch, density), entries)
+        return both, lambda points: both(points)[0]
+    alone = first_of(graph)
+    both, value = (_safe(g, stacked(g, [False]), largest_of(g)) for g in (graph, alone))
+    return both, lambda points: value(points)[0]
+
+
+def _safe(each: Function, function: Function, largest: int) -> Callable[[Tensor], Any]:
+    """A function of many points, some at a time; one by one where a matrix of one cannot be factored."""
     at_once = max(1, NUMBERS_AT_ONCE // max(1, largest))
 
-    def alone(point: Tensor) -> tuple[Tensor, Tensor]:
+    def one(point: Tensor) -> Sequence[Tensor]:
         try:
-            value, gradient = each(point)
-            return value, gradient
+            return each(point)
         except RuntimeError as error:
             refuse_unless_singular(error)
             return point.new_tensor(-math.inf), torch.zeros_like(point)
 
-    def some(points: Tensor) -> tuple[Tensor, Tensor]:
+    def some(points: Tensor) -> Sequence[Tensor]:
         try:
-            value, gradient = function(points)
-            return value, gradient
+            return function(points)
         except RuntimeError as error:
             refuse_unless_singular(error)
-            values, gradients = zip(*map(alone, points), strict=True)
-            return torch.stack(values), torch.stack(gradients)
+            return [torch.stack(of) for of in zip(*map(one, points), strict=False)]
 
-    def at(points: Tensor) -> tuple[Tensor, Tensor]:
-        values, gradients = zip(*map(some, points.split(at_once)), strict=True)
-        value = torch.nan_to_num(torch.cat(values), nan=-math.inf, posinf=-math.inf)
-        return value, torch.nan_to_num(torch.cat(gradients), posinf=0.0, neginf=0.0)
+    def at(points: Tensor) -> tuple[Tensor, ...]:
+        value, *rest = (torch.cat(of) for of in zip(*map(some, points.split(at_once)), strict=True))
+        slopes = (torch.nan_to_num(slope, posinf=0.0, neginf=0.0) for slope in rest)
+        return torch.nan_to_num(value, nan=-math.inf, posinf=-math.inf), *slopes
 
     return at
