@@ -12,8 +12,7 @@ Counts = Literal["decides", "care", "note"]
 
 RICHER = (
     'Use a richer guide (guide="auto" where latents are few, or a flow), or the marginal objective with its '
-    "Newton finish; "
-    "or run scivi.nuts on these data and keep its posterior."
+    "Newton finish; or run scivi.nuts on these data and keep its posterior."
 )
 
 

@@ -81,12 +81,10 @@ def _reach(finish: Mapping[str, Any]) -> list[Check]:
     """Whether walkers that began at draws came to where the guide hardly is."""
     if "missed" not in finish:
         return []
-    share, text = (
-        finish["missed"],
-        "of walkers that began at draws came to where weights are twice the largest.",
-    )
+    share = finish["missed"]
+    text = f"{share:.1%} of walkers that began at draws came to where weights are twice the largest."
     # our choice: what a hundredth of the walkers finds moves no mean by much, a tenth does
-    return [graded("reach", share, 0.01, 0.1, f"{share:.1%} {text}", f"{share:.1%} {text}", RICHER)]
+    return [graded("reach", share, 0.01, 0.1, text, text, RICHER)]
 
 
 def importance(

@@ -33,13 +33,12 @@ from tqdm.auto import tqdm
 from scivi.errors import Unsupported
 from scivi.inference.chains import Chain, Length, nutpie_chain
 from scivi.inference.importance import USABLE_K, pareto_k, truncated
+from scivi.inference.modes import Density, modes
 from scivi.inference.potential import Potential, Whitened, fast, many, potential
 from scivi.inference.scores import quiet
 from scivi.inputs.batches import chunks
 from scivi.models.binding import Bound, bind, seeded, stream_seed
-from scivi.models.mixtures import AdaptedGuide
-
-Density = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (point, D) to log density and gradient
+from scivi.models.mixtures import AdaptedGuide, StudentMixture
 
 GOOD_K, GOOD_SHARE = 0.5, 0.3  # k-hat and share of effective draws at which the search ends (our choice)
 USABLE_SHARE = 0.02  # effective draws, of which four times as many are proposed (our choice)
@@ -54,75 +53,6 @@ STRIDES = -3.5, -0.7  # logarithms of the least and the largest step, in sd (our
 BEYOND, MISSED = math.log(2.0), 0.01  # weights beyond the largest, and walkers that may see them (our choice)
 CHAINS, CHAIN = 4, Length(draws=1000, warmup=500)
 LEAPS = 10  # of a draw of theirs, to foresee how long they are
-NEGLIGIBLE = 10.0  # nats by which a mode may hold less than another and be left out (our choice)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Student-t distributions, mixed, in float64.
-
-    Args:
-        share: (k,), summing to one.
-        loc: (k, D).
-        tril: (k, D, D).
-        freedom: degrees of freedom.
-    """
-
-    share: Tensor
-    loc: Tensor
-    tril: Tensor
-    freedom: float
-
-    def each(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Log densities and squared distances of (point, D) from every part, (point, k)."""
-        d, nu = x.shape[1], self.freedom
-        away = (x[:, None] - self.loc).permute(1, 2, 0)
-        square = torch.linalg.solve_triangular(self.tril, away, upper=False).square().sum(1).mT
-        constant = math.lgamma((nu + d) / 2) - math.lgamma(nu / 2) - d / 2 * math.log(nu * math.pi)
-        size = self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return constant - size - (nu + d) / 2 * torch.log1p(square / nu), square
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log density, (point,)."""
-        return torch.logsumexp(self.each(x)[0] + self.share.log(), 1)
-
-    def sample(self, n: int) -> Tensor:
-        """Draws (n, D), from torch's random stream."""
-        part = torch.multinomial(self.share, n, replacement=True)
-        noise = torch.randn(n, self.loc.shape[1], dtype=self.loc.dtype)
-        wide = torch.distributions.Chi2(self.loc.new_tensor(self.freedom)).sample((n, 1)) / self.freedom
-        return self.loc[part] + (self.tril[part] @ (noise / wide.sqrt()).unsqueeze(-1)).squeeze(-1)
-
-    def moved(self, x: Tensor, weight: Tensor, times: int = 5) -> Parts:
-        """Nearer to weighted points (point, D), by so many steps of expectation maximisation."""
-        parts, d, nu = self, x.shape[1], self.freedom
-        for _ in range(times):
-            log_each, square = parts.each(x)
-            own = torch.softmax(log_each + parts.share.log(), 1) * weight[:, None]
-            pull = own * (nu + d) / (nu + square)
-            mass = own.sum(0)
-            loc = pull.mT @ x / pull.sum(0)[:, None]
-            spread = torch.stack(
-                [(p[:, None] * (x - m)).mT @ (x - m) / n for p, m, n in zip(pull.mT, loc, mass, strict=True)]
-            )
-            # a part with few effective draws has no shape of its own, but that of all parts
-            effective = mass.square() / own.square().sum(0)
-            known = (effective / (effective + d))[:, None, None]
-            spread = known * spread + (1 - known) * (mass[:, None, None] * spread).sum(0) / mass.sum()
-            kept = mass > 1e-3 * mass.sum()
-            ridge = 1e-10 * spread[kept].diagonal(dim1=-2, dim2=-1)
-            tril, failed = torch.linalg.cholesky_ex(spread[kept] + torch.diag_embed(ridge))
-            if bool(failed.any()):  # fewer draws than dimensions have weight
-                return parts
-            parts = Parts(mass[kept] / mass[kept].sum(), loc[kept], tril, nu)
-        return parts
-
-    def split(self) -> Parts:
-        """Every part in two, apart along a direction drawn from torch's random stream."""
-        way = torch.randn_like(self.loc)
-        off = 0.7 * (self.tril @ (way / way.norm(dim=1, keepdim=True)).unsqueeze(-1)).squeeze(-1)
-        loc = torch.cat([self.loc + off, self.loc - off])
-        return Parts(self.share.repeat(2) / 2, loc, 0.8 * self.tril.repeat(2, 1, 1), self.freedom)
 
 
 @dataclass(frozen=True)
@@ -137,7 +67,7 @@ class _Measured:
             were asked.
     """
 
-    parts: Parts
+    parts: StudentMixture
     k_hat: float
     share: float
     missed: float = 1.0
@@ -162,16 +92,21 @@ class _Search:
     """The latest draws, what they were drawn from, and what each round has shown."""
 
     def __init__(self, density: Density, value_of: Callable[[Tensor], Tensor], dims: int, bar: tqdm) -> None:
-        self.value_of = value_of  # without the gradient
-        self.density, self.bar, self.draws = density, bar, max(ROUND, ROUND_BY * dims)
+        self._density, self._value = density, value_of
+        self.bar, self.draws = bar, max(ROUND, ROUND_BY * dims)
         self.points, self.value = torch.empty(0, dims).double(), torch.empty(0).double()
-        self.drawn_from: list[Parts] = []
+        self.drawn_from: list[StudentMixture] = []
         self.tried: list[dict[str, Any]] = []
         self.evaluations = 0
         self.best: _Measured | None = None
         self.walked = torch.empty(0, dims).double()
 
-    def round(self, parts: Parts) -> _Measured:
+    def density(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density and its gradient, counted."""
+        self.evaluations += len(points)
+        return self._density(points)
+
+    def round(self, parts: StudentMixture) -> _Measured:
         """Draw, weigh, measure."""
         log_weight = self.drawn(parts)
         found = _measured(parts, log_weight)
@@ -184,7 +119,7 @@ class _Search:
             self.best = found
         self.bar.update(1)
         self.bar.set_postfix_str(
-            f"{len(parts.share)} parts, k-hat {found.k_hat:.2f}, {found.share:.0%} effective"
+            f"{len(parts.loc)} parts, k-hat {found.k_hat:.2f}, {found.share:.0%} effective"
         )
         return found
 
@@ -210,14 +145,12 @@ class _Search:
             self.best = self.asked(self.best, self.drawn(self.best.parts))
         return self.best
 
-    def drawn(self, parts: Parts) -> Tensor:
+    def drawn(self, parts: StudentMixture) -> Tensor:
         """Log weights of new draws, which are kept."""
-        new = parts.sample(self.draws)
-        value, kept = self.value_of(new), (KEPT - 1) * self.draws
-        self.points, self.value = (
-            torch.cat([self.points[-kept:], new]),
-            torch.cat([self.value[-kept:], value]),
-        )
+        new = parts.sample(torch.Size([self.draws]))
+        value, kept = self._value(new), (KEPT - 1) * self.draws
+        self.points = torch.cat([self.points[-kept:], new])
+        self.value = torch.cat([self.value[-kept:], value])
         self.drawn_from = [*self.drawn_from[1 - KEPT :], parts]
         self.evaluations += len(new)
         return value - parts.log_prob(new)
@@ -248,19 +181,18 @@ class _Search:
             taken = torch.rand(WALKERS).log() < torch.nan_to_num(gained, nan=-math.inf)
             x, slope = (torch.where(taken[:, None], new, old) for new, old in ((at, x), (bend, slope)))
             value = torch.where(taken, there, value)
-        self.evaluations += WALKERS * (1 + WALKS * STEPS)
         return x, value
 
-    def moved(self, parts: Parts) -> Parts:
+    def moved(self, parts: StudentMixture) -> StudentMixture:
         """Nearer to all draws by their weights; and half to the walkers, if there are any."""
         weight, half = self.weight(), 0.5 if len(self.walked) else 1.0
         equal = torch.full((len(self.walked),), 0.5 / max(1, len(self.walked))).double()
-        return parts.moved(torch.cat([self.points, self.walked]), torch.cat([half * weight, equal]))
+        return nearer(parts, torch.cat([self.points, self.walked]), torch.cat([half * weight, equal]))
 
-    def rung(self, name: str, parts: Parts) -> _Measured:
+    def rung(self, name: str, make: Callable[[], StudentMixture]) -> _Measured:
         """Rounds with as many parts, until weights are good or get no better; the last round."""
         begun, first, shares = time.perf_counter(), self.evaluations, [0.0]
-        found = self.round(parts)
+        found = self.round(make())
         for _ in range(ROUNDS - 1):
             if found.good or self.lost(found) or (len(shares) > 2 and found.share < BETTER * max(shares)):
                 break
@@ -314,8 +246,9 @@ def adapt(bound: Bound, source: Any, seed: int, progress: bool = True) -> dict[s
         return {"method": "nuts", **told, **_converged(chains)}
     parts = best.parts
     spread = (parts.tril @ parts.tril.mT)[:, order][:, :, order]
-    guide.set(parts.share, parts.loc[:, order], torch.linalg.cholesky(spread))
-    told |= {"method": "adaptive importance sampling", "parts": len(parts.share)}
+    tril = torch.linalg.cholesky(spread)
+    guide.set(StudentMixture(parts.log_share, parts.loc[:, order], tril, parts.freedom))
+    told |= {"method": "adaptive importance sampling", "parts": len(parts.loc)}
     return told | ({"missed": best.missed} if best.k_hat <= USABLE_K else {})
 
 
@@ -324,17 +257,17 @@ def _climb(
 ) -> tuple[_Measured, str, list[Chain] | None]:
     """From the modes to as many parts as are needed, and to chains if none do; why it ended."""
     starts = [density.first, *(density.start(None) for _ in range(STARTS - 1))]
-    found = search.rung("Student-t at the mode", modes(search, starts, freedom))
-    while not found.good and not search.lost(found) and 2 * len(found.parts.share) <= most:
-        parts = search.moved(found.parts.split())
-        found = search.rung(f"{len(parts.share)} Student-t parts", parts)
+    found = search.rung("Student-t at the mode", lambda: modes(search.density, starts, freedom))
+    while not found.good and not search.lost(found) and 2 * len(found.parts.loc) <= most:
+        parts = search.moved(halved(found.parts))
+        found = search.rung(f"{len(parts.loc)} Student-t parts", lambda parts=parts: parts)
     best, chains = search.confirmed(), None
     if not best.usable and find_spec("nutpie") is not None:
         chains = _chains(search, density, starts)
         draws = torch.cat([chain.path for chain in chains])
         for n in range(0, most.bit_length(), 2):  # 1, 4, 16 parts
             name = f"{2**n} Student-t part{'s' * (n > 0)} at draws of NUTS"
-            found = search.rung(name, _parts_at(draws, 2**n, freedom))
+            found = search.rung(name, lambda n=n: _parts_at(draws, 2**n, freedom))
             if found.good:
                 break
         best = search.confirmed()
@@ -373,73 +306,48 @@ def _chains(search: _Search, density: Potential, starts: Sequence[Tensor]) -> li
     return chains
 
 
-def _parts_at(draws: Tensor, n: int, freedom: float) -> Parts:
+def _parts_at(draws: Tensor, n: int, freedom: float) -> StudentMixture:
     """So many parts, fitted to draws (draw, D)."""
     equal = torch.full((len(draws),), 1 / len(draws)).double()
     tril = Whitened.of(draws).tril.expand(n, -1, -1)
     loc = draws[torch.randperm(len(draws))[:n]]
-    return Parts(equal.new_full((n,), 1 / n), loc, tril, freedom).moved(draws, equal, 30)
+    return nearer(StudentMixture(equal.new_full((n,), -math.log(n)), loc, tril, freedom), draws, equal, 30)
 
 
-def modes(search: _Search, starts: Sequence[Tensor], freedom: float) -> Parts:
-    """One part at each mode that holds something, shares by Laplace's approximation."""
-    kept: list[tuple[float, Tensor, Tensor]] = []
-    for start in starts:
-        value, x, tril = mode(search, start)
-        holds = value + float(tril.diagonal().log().sum())
-        away = [torch.linalg.solve_triangular(t, (x - m)[:, None], upper=False).norm() for _, m, t in kept]
-        if all(float(a) > 3.0 for a in away):
-            kept.append((holds, x, tril))
-    most = max(holds for holds, _, _ in kept)
-    kept = [one for one in kept if one[0] > most - NEGLIGIBLE]
-    share = torch.softmax(torch.tensor([holds for holds, _, _ in kept], dtype=torch.float64), 0)
-    return Parts(share, torch.stack([x for _, x, _ in kept]), torch.stack([t for *_, t in kept]), freedom)
+def nearer(parts: StudentMixture, x: Tensor, weight: Tensor, times: int = 5) -> StudentMixture:
+    """Parts moved to points (point, D) with weights (point,), by steps of expectation maximisation."""
+    d, nu = x.shape[1], parts.freedom
+    for _ in range(times):
+        log_each, square = parts.each(x)
+        own = torch.softmax(log_each + parts.log_share, 1) * weight[:, None]
+        pull = own * (nu + d) / (nu + square)
+        mass = own.sum(0)
+        loc = pull.mT @ x / pull.sum(0)[:, None]
+        spread = torch.stack(
+            [(p[:, None] * (x - m)).mT @ (x - m) / n for p, m, n in zip(pull.mT, loc, mass, strict=True)]
+        )
+        # a part with few effective draws has no shape of its own, but that of all parts
+        effective = mass.square() / own.square().sum(0)
+        known = (effective / (effective + d))[:, None, None]
+        spread = known * spread + (1 - known) * (mass[:, None, None] * spread).sum(0) / mass.sum()
+        kept = mass > 1e-3 * mass.sum()
+        ridge = 1e-10 * spread[kept].diagonal(dim1=-2, dim2=-1)
+        tril, failed = torch.linalg.cholesky_ex(spread[kept] + torch.diag_embed(ridge))
+        if bool(failed.any()):  # fewer draws than dimensions have weight
+            return parts
+        parts = StudentMixture((mass[kept] / mass[kept].sum()).log(), loc[kept], tril, nu)
+    return parts
 
 
-def mode(search: _Search, x: Tensor, steps: int = 100) -> tuple[float, Tensor, Tensor]:
-    """Newton's method, many lengths of a step tried at once; log density, place and lower triangle there.
-
-    Coordinates are scaled by the curvature at each step, so that units do not matter, and directions in which
-    the density curves upwards are climbed.
-    """
-    unit, lengths = 1e-2 * (1 + x.abs()), 2.0 ** torch.arange(-12, 9).double()
-    value, slope = (part[0] for part in search.density(x[None]))
-    root = torch.diag(unit)
-    for _ in range(steps):
-        for _ in range(2):
-            bend = _bend(search, x, torch.diag(unit))
-            unit = unit * bend.diagonal().abs().clamp(1e-6, 1e6).rsqrt()
-        values, vectors = torch.linalg.eigh(-_bend(search, x, torch.diag(unit)))
-        root = unit[:, None] * vectors * values.abs().clamp_min(1e-6).rsqrt()
-        ahead = slope @ root
-        if float(ahead.norm()) < 1e-3 and bool((values > 0).all()):
-            break
-        moves = torch.cat([lengths[:, None] * (root @ ahead), lengths[:, None] * (unit**2 * slope)])
-        there, slopes = search.density(x + moves)
-        search.evaluations += len(moves)
-        ends = (_end_of_rise(there[: len(lengths)]), len(lengths) + _end_of_rise(there[len(lengths) :]))
-        at = max(ends, key=lambda place: float(there[place]))
-        if not there[at] > value:
-            break
-        x, value, slope = x + moves[at], there[at], slopes[at]
-    return float(value), x, torch.linalg.cholesky(root @ root.mT)
+def halved(parts: StudentMixture) -> StudentMixture:
+    """Every part as two, apart along a direction drawn from torch's random stream."""
+    way = torch.randn_like(parts.loc)
+    off = 0.7 * (parts.tril @ (way / way.norm(dim=1, keepdim=True)).unsqueeze(-1)).squeeze(-1)
+    loc, tril = torch.cat([parts.loc + off, parts.loc - off]), 0.8 * parts.tril.repeat(2, 1, 1)
+    return StudentMixture(parts.log_share.repeat(2) - math.log(2), loc, tril, parts.freedom)
 
 
-def _end_of_rise(values: Tensor) -> int:
-    """Where values first fall: beyond may be another mode, which is for another start."""
-    falls = values[1:] < values[:-1] - 1e-12 * values[:-1].abs()
-    return int(falls.int().argmax()) if bool(falls.any()) else len(values) - 1
-
-
-def _bend(search: _Search, x: Tensor, root: Tensor, apart: float = 0.1) -> Tensor:
-    """Second derivatives along the columns of a matrix, by differences."""
-    slopes = search.density(torch.cat([x + apart * root.mT, x - apart * root.mT]))[1] @ root
-    search.evaluations += 2 * len(x)
-    bend = (slopes[: len(x)] - slopes[len(x) :]) / (2 * apart)
-    return 0.5 * (bend + bend.mT)
-
-
-def _measured(parts: Parts, log_weight: Tensor) -> _Measured:
+def _measured(parts: StudentMixture, log_weight: Tensor) -> _Measured:
     share = float(1 / torch.softmax(log_weight, 0).square().sum()) / len(log_weight)
     return _Measured(parts, pareto_k(log_weight.numpy()), share)
 

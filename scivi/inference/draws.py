@@ -295,10 +295,10 @@ class _Chain:
         whole = read_batch(source, self.fit.template.fields, rows, {}, some)
         total, most = PROPOSED * self.draws, max(source.sizes[row] for row in rows)
         blocks = math.ceil(total / max(4, rows_at_once(bound, rows[0], 1) // most))
-        parts, weights = [], []
+        values, weights = [], []
         with self._running(0):
-            for n in torch.arange(total).tensor_split(blocks):
-                n = len(n)
+            for part in torch.arange(total).tensor_split(blocks):
+                n = len(part)
                 given = _globals(bound, n)
                 with (
                     particle_plate(n, bound.nesting),
@@ -310,9 +310,9 @@ class _Chain:
                 for k, row in enumerate(rows):
                     log_p, log_q = (density(bound, t, whole, row, rows_only=k > 0) for t in (model, guide))
                     weight = weight + (log_p - log_q).cpu()
-                parts.append(given)
+                values.append(given)
                 weights.append(weight)
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(weights)
+        return {name: torch.cat([one[name] for one in values]) for name in values[0]}, torch.cat(weights)
 
     @contextmanager
     def _running(self, stream: int) -> Iterator[None]:

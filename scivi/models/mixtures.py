@@ -7,6 +7,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,8 +21,8 @@ from scivi.errors import Unsupported
 from scivi.models.guides import JointGuide, Slot, Start, refuse_discrete, slots_of
 from scivi.models.sites import Site
 
+ONE = torch.Size()
 MOST_LATENTS = 200  # entries of all latents together (our choice: the covariances of 16 parts, 2.5 MB)
-
 MOST_KEPT = 4000  # draws of NUTS (our choice: as many as a run here makes)
 
 
@@ -54,13 +55,68 @@ class Adapted:
         return AdaptedGuide(slots, start, self, nesting)
 
 
+class StudentMixture(dist.TorchDistribution):
+    """Student-t distributions of D numbers, mixed.
+
+    As a mixture of ``MultivariateStudentT`` it would make a draw of every part for each that is wanted, and
+    solve with every triangle once for each point: gigabytes of 150 latents.
+
+    Args:
+        log_share: (k,), of shares that sum to one.
+        loc: (k, D).
+        tril: (k, D, D), lower triangular.
+        freedom: degrees of freedom.
+        batch_shape: of independent draws.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support: Any = constraints.real_vector
+
+    def __init__(
+        self, log_share: Tensor, loc: Tensor, tril: Tensor, freedom: float, batch_shape: torch.Size = ONE
+    ) -> None:
+        self.log_share, self.loc, self.tril, self.freedom = log_share, loc, tril, freedom
+        super().__init__(batch_shape, loc.shape[1:], validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> StudentMixture:
+        """The same for more draws."""
+        return StudentMixture(self.log_share, self.loc, self.tril, self.freedom, torch.Size(batch_shape))
+
+    def each(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log densities and squared distances of (point, D) from every part, (point, k)."""
+        d, nu = x.shape[1], self.freedom
+        away = (x[:, None] - self.loc).permute(1, 2, 0)
+        square = torch.linalg.solve_triangular(self.tril, away, upper=False).square().sum(1).mT
+        constant = math.lgamma((nu + d) / 2) - math.lgamma(nu / 2) - d / 2 * math.log(nu * math.pi)
+        size = self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return constant - size - (nu + d) / 2 * torch.log1p(square / nu), square
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of (..., D), (...)."""
+        found = torch.logsumexp(self.each(value.reshape(-1, value.shape[-1]))[0] + self.log_share, 1)
+        return found.reshape(value.shape[:-1])
+
+    def sample(self, sample_shape: torch.Size = ONE) -> Tensor:
+        """Draws (*sample_shape, *batch_shape, D), from torch's random stream."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        n, d = shape.numel(), self.loc.shape[1]
+        part = torch.multinomial(self.log_share.exp(), n, replacement=True)
+        noise = torch.randn(n, d, dtype=self.loc.dtype, device=self.loc.device)
+        wide = torch.distributions.Chi2(self.loc.new_tensor(self.freedom)).sample((n, 1)) / self.freedom
+        found = noise / wide.sqrt()
+        for k in range(len(self.loc)):
+            own = part == k
+            found[own] = self.loc[k] + found[own] @ self.tril[k].mT
+        return found.reshape(shape + self.event_shape)
+
+
 class Kept(dist.TorchDistribution):
     """Draws (N, D) that were made elsewhere, handed out in random order; their density is not known (NaN)."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support: Any = constraints.real_vector
 
-    def __init__(self, draws: Tensor, batch_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
+    def __init__(self, draws: Tensor, batch_shape: torch.Size = ONE) -> None:
         self.draws = draws
         super().__init__(batch_shape, draws.shape[1:], validate_args=False)
 
@@ -68,7 +124,7 @@ class Kept(dist.TorchDistribution):
         """The same for more draws."""
         return Kept(self.draws, torch.Size(batch_shape))
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: torch.Size = ONE) -> Tensor:
         """Without one twice, up to as many as there are."""
         shape = torch.Size(sample_shape) + self.batch_shape
         n, device = shape.numel(), self.draws.device
@@ -107,8 +163,8 @@ class AdaptedGuide(JointGuide):
         """The mixture, or the draws that are kept; event (D,)."""
         if n := int(self.n_kept):
             return Kept(self.kept[:n])
-        parts = dist.MultivariateStudentT(self.loc.new_tensor(self.freedom), self.loc, self.tril)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.log_share), parts)
+        k = int((self.log_share > -torch.inf).sum())  # the first
+        return StudentMixture(self.log_share[:k], self.loc[:k], self.tril[:k], self.freedom)
 
     @torch.no_grad()
     def keep(self, draws: Tensor) -> None:
@@ -118,8 +174,8 @@ class AdaptedGuide(JointGuide):
         self.kept[: len(some)] = some
 
     @torch.no_grad()
-    def set(self, share: Tensor, loc: Tensor, tril: Tensor) -> None:
-        """Give it parts: shares (k,) that sum to one, places (k, D) and lower triangles (k, D, D)."""
-        k = len(share)
+    def set(self, parts: StudentMixture) -> None:
+        """Give it parts, of the same dims and degrees of freedom."""
+        k = len(parts.loc)
         self.log_share.fill_(-torch.inf)
-        self.log_share[:k], self.loc[:k], self.tril[:k] = share.log(), loc, tril
+        self.log_share[:k], self.loc[:k], self.tril[:k] = parts.log_share, parts.loc, parts.tril

@@ -18,6 +18,7 @@ import torch
 import xarray as xr
 from scipy.special import logsumexp
 from torch import nn
+from tqdm.auto import tqdm
 
 import scivi
 from scivi import Field, Template
@@ -26,7 +27,7 @@ from scivi.errors import TemplateError, Unsupported
 from scivi.inference import adapt
 from scivi.inference.importance import chosen, pareto_k
 from scivi.models.guides import JointNormal, MeanField
-from scivi.models.mixtures import Adapted
+from scivi.models.mixtures import Adapted, StudentMixture
 
 S = 4000
 NOISE, SLOPE_SD = 0.5, 3.0
@@ -63,6 +64,15 @@ def moments(tree, name):
     return values.mean(0), values.std(0)
 
 
+def near(tree, name, mean, covariance):
+    """Hold draws to an exact mean and sd, within the bounds of the head; the sd."""
+    sd = np.sqrt(np.diag(covariance))
+    found, spread = moments(tree, name)
+    np.testing.assert_allclose((found - mean) / sd, 0, atol=0.07)
+    np.testing.assert_allclose(spread / sd, 1, atol=0.05)
+    return sd
+
+
 def one(model, dims=(), **more):
     """A template of one row, whose posterior is the model's own density."""
     fields = {"y": Field(("row",), role="observed")}
@@ -81,10 +91,7 @@ def test_draws_of_a_regression_are_those_of_its_closed_form():
     data = table()
     mean, covariance = exact(data)
     fit, tree = fitted(LINEAR, data)
-    sd = np.sqrt(np.diag(covariance))
-    found, spread = moments(tree, "b")
-    np.testing.assert_allclose((found - mean) / sd, 0, atol=0.07)
-    np.testing.assert_allclose(spread / sd, 1, atol=0.05)
+    sd = near(tree, "b", mean, covariance)
     drawn = np.corrcoef(tree["posterior"]["b"].values[0].T)
     np.testing.assert_allclose(drawn, covariance / np.outer(sd, sd), atol=0.03)
     told = fit.provenance["fit"]
@@ -99,10 +106,7 @@ def test_units_of_the_latents_do_not_matter():
     data = table((1e-5, 1.0, 1e4))
     mean, covariance = exact(data)
     _, tree = fitted(LINEAR, data)
-    sd = np.sqrt(np.diag(covariance))
-    found, spread = moments(tree, "b")
-    np.testing.assert_allclose((found - mean) / sd, 0, atol=0.07)
-    np.testing.assert_allclose(spread / sd, 1, atol=0.05)
+    near(tree, "b", mean, covariance)
 
 
 def test_two_modes_are_found_with_their_shares():
@@ -139,7 +143,8 @@ def test_a_bent_posterior_takes_more_parts_and_says_so():
     fit, tree = fitted(one(banana, ("a", "b")))
     tried = fit.provenance["fit"]["finish"]["tried"]
     assert len(tried) > 1
-    assert all(t["evaluations"] > 0 and t["seconds"] > 0 for t in tried)
+    assert all({"guide", "k_hat", "effective_share", "evaluations", "seconds"} <= t.keys() for t in tried)
+    assert sum(t["evaluations"] for t in tried) == fit.provenance["fit"]["finish"]["evaluations"]
     (a, b), n = (tree["posterior"][name].values.ravel() for name in ("a", "b")), S / 2
     assert a.mean() == pytest.approx(0, abs=4 / n**0.5)
     assert a.std() == pytest.approx(1, abs=4 / (2 * n) ** 0.5)
@@ -164,11 +169,9 @@ def test_latents_of_rows_are_held_together_with_the_globals():
     prior = 25 * np.ones((7, 7)) + np.diag([0.0, *6 * [4.0]])
     design = np.eye(7)[1:]
     gain = prior @ design.T @ np.linalg.inv(design @ prior @ design.T + np.eye(6))
-    mean, sd = gain @ y, np.sqrt(np.diag(prior - gain @ design @ prior))
+    mean, covariance = gain @ y, prior - gain @ design @ prior
     for name, some in (("mu", slice(0, 1)), ("z", slice(1, None))):
-        found, spread = moments(tree, name)
-        np.testing.assert_allclose((found - mean[some]) / sd[some], 0, atol=0.07)
-        np.testing.assert_allclose(spread / sd[some], 1, atol=0.05)
+        near(tree, name, mean[some], covariance[some, some])
 
 
 def test_a_saved_fit_draws_the_same(tmp_path):
@@ -365,3 +368,37 @@ def test_a_mode_without_bottom_is_left_for_chains():
     fit = scivi.fit(template, data, progress=False)
     assert fit.provenance["fit"]["finish"]["method"] == "nuts"
     assert report(scivi.draw(fit, data, 500)).attrs["verdict"] != "trust"
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict"), [(0.0, "trust"), (0.02, "trust with care"), (0.2, "do not trust")]
+)
+def test_what_walkers_missed_counts(share, verdict):
+    """The same draws, whose weights look good, with another share of walkers that came to where none is."""
+    _, tree = fitted(LINEAR, table())
+    told = json.loads(tree.attrs["provenance"])
+    told["fit"]["finish"]["missed"] = share
+    tree.attrs["provenance"] = json.dumps(told)
+    assert report(tree).attrs["verdict"] == verdict
+
+
+def test_walkers_see_a_mode_that_few_draws_reach():
+    """Half of the density is 5.5 sd from the parts: of a thousand draws three in four seem effective."""
+    places = torch.tensor([0.0, 5.5]).double()
+
+    def density(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = torch.logsumexp(-0.5 * (x - places).square(), 1)
+            return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+    one = torch.ones(1).double()
+    parts = StudentMixture(0 * one, torch.zeros(1, 1).double(), one[None, None], 30.0)
+    with torch.random.fork_rng(), tqdm(disable=True) as bar:
+        torch.manual_seed(0)
+        search = adapt._Search(density, lambda x: density(x)[0], 1, bar)
+        search.draws = 1000
+        log_weight = search.drawn(parts)
+        found = adapt._measured(parts, log_weight)
+        assert found.share > 0.5
+        assert search.asked(found, log_weight).missed > 2 * adapt.MISSED
