@@ -30,7 +30,8 @@ def plateau(
 
     Args:
         tree: with group history. Entries from before the end of a KL warm-up are left out.
-        window: length of a window, as a share of the log entries; at least five.
+        window: length of a window, as a share of the log entries; at least five, or two where the noise of
+            single steps was recorded.
         tolerance: improvement that no longer matters, nats per row; our choice.
         too_noisy: largest error of the improvement at which one can still tell, nats per row; our choice.
 
@@ -58,7 +59,7 @@ def _level(
     if "beta" in history:
         logged &= history["beta"].values == history["beta"].values[logged][-1]
     value = history["objective"].values[logged].astype(float)
-    n = max(5, round(window * len(value)))
+    n = max(2 if "objective_sd" in history else 5, round(window * len(value)))
     found: dict[str, float | str | bool] = {
         "objective": float(value[-n:].mean()),
         "improvement": np.nan,

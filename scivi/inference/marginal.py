@@ -168,10 +168,16 @@ def nodes(
 
 
 def training_nodes(dims: int, per_dim: int) -> int:
-    """Nodes per dimension while training.
+    """Nodes per dimension while training: fewer in more dimensions, since the finish takes them all.
 
-    Fewer in more dimensions, since the finish takes them all (our choice).
+    Five, because the guide learns its shape from them: of photon counts four leave it .074 nats from a
+    source's posterior, five .006.
     """
+    return per_dim if dims < 2 else min(per_dim, 5)
+
+
+def summing_nodes(dims: int, per_dim: int) -> int:
+    """Nodes per dimension where the finish sums over all rows, before fine nodes correct it (our choice)."""
     return per_dim if dims < 2 else min(per_dim, 4)
 
 
@@ -474,7 +480,7 @@ def newton_finish(
     if module is None or plan.refusal is not None:
         absent = "no full-rank joint normal holds all globals (scivi.models.guides.global_normal)"
         raise Unsupported(f"the Newton finish cannot be had: {plan.refusal or absent}.")
-    coarse, n_fine = training_nodes(plan.dims, per_dim), 2 * per_dim + 1
+    coarse, n_fine = summing_nodes(plan.dims, per_dim), 2 * per_dim + 1
     fine = fine and 0 < plan.dims <= GRID_DIMS  # random nodes are no finer for that
 
     def derivatives(
@@ -568,7 +574,7 @@ def differentiate(
     for part in parts(at):
         (own,) = torch.autograd.grad(part, at, create_graph=curved)
         value, slope = value + part.detach(), slope + own.detach()
-        if curved:
+        if curved and own.requires_grad:  # the slope of a flat prior is a constant
             rows = [torch.autograd.grad(own[i], at, retain_graph=True)[0] for i in range(len(theta))]
             bend = bend + torch.stack(rows).detach()
     return value, slope, bend

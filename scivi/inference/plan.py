@@ -62,7 +62,7 @@ class Plan:
             (importance-weighted bound per row, Burda et al. 2016), "marginal" (local latents integrated on
             guide-placed nodes).
         nodes: Gauss-Hermite nodes per local dimension of "marginal"; in two and three dimensions training
-            takes 4 at most, and the Newton finish all.
+            takes 5 at most, and the Newton finish all.
         newton: after "marginal", finish the global latents by Newton on the full marginal. A pair that has
             nothing else to learn takes no more steps than one entry of the history.
         kl_warmup: steps over which the weight of the KL part rises from ``beta_start`` to ``beta``.
