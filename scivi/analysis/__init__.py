@@ -12,9 +12,11 @@ from scivi.analysis.each import each
 from scivi.analysis.plots import (
     plot_catalogue,
     plot_comparison,
+    plot_drift,
     plot_history,
     plot_population,
     plot_predictive,
+    plot_ranks,
     plot_row_k,
 )
 from scivi.analysis.predictive import loo, pit, pit_values, predictive_check
@@ -34,9 +36,11 @@ __all__ = [
     "plateau",
     "plot_catalogue",
     "plot_comparison",
+    "plot_drift",
     "plot_history",
     "plot_population",
     "plot_predictive",
+    "plot_ranks",
     "plot_row_k",
     "population_reliability",
     "predictive_check",

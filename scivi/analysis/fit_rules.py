@@ -32,6 +32,38 @@ def finite(tree: xr.DataTree) -> list[Check]:
     return [either("finite draws", bad, 0, bad == 0, "decides", "All draws are finite.", text, advice)]
 
 
+def counted(weights: Mapping[str, float]) -> list[Check]:
+    """Observations that a model counts more or less than once."""
+    advice = "Take poutine.scale out of the model: batch.plate scales minibatches by itself."
+    return [
+        Check(
+            "weight of data", w, 1.0, False, "care", f"{name} counts {w:.3g} times in the posterior.", advice
+        )
+        for name, w in weights.items()
+    ]
+
+
+def drifted(table: xr.Dataset) -> list[Check]:
+    """Whether new rows are like those of the fit: a guide knows no others."""
+    bad = ~table["ok"].values
+    shift = table["shift_sd"].values
+    most = np.argsort(np.where(bad, table["p_value"].fillna(0.0).values, np.inf), kind="stable")[: bad.sum()][
+        :4
+    ]
+    named = ", ".join(
+        f"{table['variable'].values[k]}" + (f" ({shift[k]:+.2g} sd)" if np.isfinite(shift[k]) else "")
+        for k in most
+    )
+    p = table.attrs["p_value"]
+    good = f"These rows are no other than those of the fit, as far as can be told (p = {p:.2g})."
+    small = f"These rows differ from those of the fit, though little (p = {p:.2g}): {named}."
+    text = f"These rows differ from those of the fit (p = {p:.2g}): {named}."
+    matters = bool(table.attrs["drifted"] and table["matters"].any())
+    advice = "Fit again with such rows among the data; scivi.analysis.drift names rows and features."
+    fine = small if table.attrs["drifted"] else good
+    return [either("drift", p, table.attrs["alpha"], not matters, "care", fine, text, advice)]
+
+
 def optimisation(fit: Mapping[str, Any], level: xr.Dataset | None) -> list[Check]:
     """How the fit ended, and whether its objective had levelled off."""
     result: list[Check] = []
@@ -50,7 +82,7 @@ def optimisation(fit: Mapping[str, Any], level: xr.Dataset | None) -> list[Check
         return [*result, note("plateau", text)]
     finish = fit.get("finish") or {}
     if "tried" in finish:
-        return [*result, note("guide", _ladder(finish), len(finish["tried"])), *_reach(finish)]
+        return [*result, note("guide", _ladder(finish), len(finish["tried"]))]
     if finish.get("alone") and "method" in finish:
         text = f"Nothing was to be learnt but what rows share; {finish['method']} on the marginal found that."
         return [*result, note("plateau", text)]
@@ -77,14 +109,21 @@ def _ladder(finish: Mapping[str, Any]) -> str:
     return f"Tried: {'; '.join(steps)}. The end: {finish['stopped']}."
 
 
-def _reach(finish: Mapping[str, Any]) -> list[Check]:
-    """Whether walkers that began at draws came to where the guide hardly is."""
-    if "missed" not in finish:
-        return []
-    share = finish["missed"]
-    text = f"{share:.1%} of walkers that began at draws came to where weights are twice the largest."
-    # our choice: what a hundredth of the walkers finds moves no mean by much, a tenth does
-    return [graded("reach", share, 0.01, 0.1, text, text, RICHER)]
+def reach(finish: Mapping[str, Any]) -> list[Check]:
+    """Whether walkers that began at draws, or searches for modes, came to where the guide hardly is."""
+    result = []
+    if "missed" in finish:
+        share = finish["missed"]
+        text = f"{share:.1%} of walkers that began at draws came to where weights are twice the largest."
+        # our choice: what a twentieth of them find four sd away moves a mean by .2 sd, what a quarter by 1
+        result.append(graded("reach", share, 0.05, 0.25, text, text, RICHER))
+    if "unseen_modes" in finish:
+        share, n = finish["unseen_modes"], finish["modes"]
+        good = f"Draws belong to every mode that was found ({n})."
+        text = f"{share:.1%} of the posterior lies at modes to which hardly a draw belongs ({n} were found)."
+        # our choice: modes are further away
+        result.append(graded("modes", share, 0.01, 0.1, good, text, RICHER))
+    return result
 
 
 def importance(
@@ -107,15 +146,24 @@ def importance(
         result += _joint(joint)
     if rows is not None:
         result += _rows(rows)
+    if joint is not None and joint.attrs.get("proposals"):
+        return result  # weights corrected the draws, those of the population among them
     if finish and finish.get("method") == "importance sampling":
         result += _sampled(finish)
     elif groups.has(tree, "sample_stats", "global_log_weight"):
         result += _weighed(weights.population_reliability(tree))
     elif finish and finish.get("method") == "newton":
-        result += _newton(finish, rows)
+        result += _sampled(finish) if "log_weight" in finish else _newton(finish, _rows_of_fit(tree))
     elif rows is not None and not (joint is not None and joint.attrs["decisive"]):
         result += _population(tree, found.get("compare"))
     return result
+
+
+def _rows_of_fit(tree: xr.DataTree) -> int:
+    """How many rows the fit had."""
+    made = groups.provenance(tree)
+    sizes = (made.get("fit_data") or made["data"])["sizes"]
+    return int(sizes[groups.row_dim(tree)])
 
 
 def _kept(finish: Mapping[str, Any]) -> list[Check]:
@@ -236,14 +284,24 @@ def _weighed(table: xr.Dataset) -> list[Check]:
 
 
 def _sampled(finish: Mapping[str, Any]) -> list[Check]:
-    """A population whose mean and covariance were found by importance sampling on its marginal."""
+    """A population whose draws were weighed on its marginal when the fit ended.
+
+    Of few rows mean and covariance come from the weights (importance sampling), of more from Newton.
+    """
     smoothed, k_hat = pareto.smooth(np.asarray(finish["log_weight"], dtype=float)[None])
     k, ess = float(k_hat[0]), float(pareto.effective_size(smoothed)[0])
+    n = len(finish["log_weight"])
+    advice = "Run scivi.nuts for the population, or fit for longer."
+    if finish["method"] == "newton":
+        text = f"{n} draws of the population, weighed with every row of the fit integrated: k-hat {k:.2f}, "
+        text += f"effective size {ess:.0f}."
+        good, usable = ess >= 0.5 * n, weights.USABLE_K  # our choice: as weights with a variance of one
+        few = [] if good else [Check("population size", ess, 0.5 * n, False, "care", text, advice)]
+        return [graded("population k-hat", k, usable, 1.0, text, text, advice), *few]
     text = (
         f"Mean and spread of the population come from {finish['draws']} weighted draws of its marginal "
         f"posterior (k-hat {k:.2f}, effective size {ess:.0f}: right to {ess**-0.5:.2f} sd)."
     )
-    advice = "Run scivi.nuts for the population, or fit for longer."
     # our choice of size: a hundred effective draws give a mean to a tenth of its sd
     few = [] if ess >= 100 else [Check("population size", ess, 100, False, "care", text, advice)]
     return [graded("population k-hat", k, weights.USABLE_K, 1.0, text, text, advice), *few]
@@ -253,9 +311,8 @@ def _sampled(finish: Mapping[str, Any]) -> list[Check]:
 MANY_ROWS = 5000
 
 
-def _newton(finish: Mapping[str, Any], rows: xr.Dataset | None) -> list[Check]:
-    """A population that was finished by Newton, where weights of the globals were not affordable."""
-    n = rows["ok"].size if rows is not None else 0
+def _newton(finish: Mapping[str, Any], n: int) -> list[Check]:
+    """A population that was finished by Newton over n rows, where weights of it were not affordable."""
     text = (
         f"The population was finished by Newton on its marginal over {n:,} rows "
         f"(last step {finish['step_sd']:.2g} sd)"

@@ -22,6 +22,7 @@ _MAKER = {
     "observed_data": "scivi.draw",
     "sample_stats": "scivi.draw",
     "history": "scivi.draw of a fit (NUTS has no history)",
+    "features": "scivi.draw",
 }
 
 

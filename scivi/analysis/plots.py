@@ -5,12 +5,14 @@ Drawn on `matplotlib.figure.Figure` alone: no pyplot, no window, no display need
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
 from scivi.analysis import groups
+from scivi.analysis.calibration import uniform_band
 from scivi.analysis.comparison import entrywise_differences
 from scivi.analysis.weights import USABLE_K, row_reliability
 from scivi.errors import DataError
@@ -325,4 +327,63 @@ def plot_comparison(svi: xr.DataTree, nuts: xr.DataTree) -> Figure:
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     _titled(axes[0, 0], "difference of means (NUTS sd)")
     _titled(axes[0, 1], "sd of SVI / sd of NUTS")
+    return figure
+
+
+def plot_ranks(ranks: xr.Dataset | Mapping[str, xr.Dataset], *, prob: float = 0.99) -> Figure:
+    """Distribution function of ranks less that of uniform ones, a curve for each entry, with its band.
+
+    Of calibrated posteriors each curve stays inside with probability prob. An arch above 0: draws too high;
+    an S that rises first: posterior too narrow.
+
+    Args:
+        ranks: as ``scivi.calibrate`` makes them, with dim simulation and attribute draws; or several by name,
+            a panel for each.
+        prob: of the band, which is simultaneous over the ranks, and of one curve.
+    """
+    panels = {"": ranks} if isinstance(ranks, xr.Dataset) else dict(ranks)
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(rows, columns, max(2.8 * columns, 4.2), 2.5 * rows + 0.3, sharey=True)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (title, found) in zip(axes.flat, panels.items(), strict=False):
+        n, number = found.sizes["simulation"], 0
+        band = uniform_band(n, prob=prob)
+        x = band["x"].values
+        ax.fill_between(x, band["lower"] - x, band["upper"] - x, color=PALE, lw=0, step="mid")
+        for array in found.data_vars.values():
+            for row in array.transpose(..., "simulation").values.reshape(-1, n):
+                unit = np.sort((row[np.isfinite(row)] + 0.5) / (found.attrs["draws"] + 1))
+                curve = np.searchsorted(unit, x, side="right") / max(unit.size, 1)
+                ax.plot(x, curve - x, color=BLUE, lw=0.8, alpha=0.7)
+                number += 1
+        ax.axhline(0, color=INK, lw=0.8)
+        _titled(ax, "rank / draws", "ECDF - uniform" if ax in axes[:, 0] else "", title)
+        ax.text(0.98, 0.02, f"{n} fits, {number} curves", transform=ax.transAxes, ha="right", fontsize=7)
+    return figure
+
+
+def plot_drift(drift: xr.Dataset) -> Figure:
+    """KS distance of every feature, the largest first, and the p-values of the rows.
+
+    Args:
+        drift: as ``analysis.drift`` makes it.
+    """
+    told = drift.isel(variable=np.flatnonzero(np.isfinite(drift["ks"].values)))
+    told = told.isel(variable=np.argsort(-told["ks"].values, kind="stable")[: 2 * SHOWN_PANELS])
+    ks, good = told["ks"].values, told["ok"].values
+    figure, axes = _figure(1, 2, 8.4, 1.0 + 0.17 * max(ks.size, 8), width_ratios=[1.4, 1])
+    left, right = axes[0]
+    for mask, colour, text in ((good, BLUE, "as in the fit"), (~good, RED, "p at most alpha")):
+        left.barh(np.flatnonzero(mask), ks[mask], color=colour, label=text)
+    left.set_yticks(range(ks.size), told["variable"].values)
+    left.set_ylim(ks.size - 0.5, -0.5)
+    left.legend(fontsize=7, frameon=False, loc="lower right")
+    p_value = drift["row_p_value"].values
+    right.hist(p_value, bins=np.linspace(0, 1, 21), color=BLUE, alpha=0.8)
+    right.axhline(p_value.size / 20, color=INK, lw=1, ls="--")
+    flagged = int((~drift["row_ok"].values).sum())
+    _titled(left, "KS distance", title=f"Features, p = {drift.attrs['p_value']:.2g} in all")
+    _titled(right, "p-value of the row", "rows", f"{flagged:,} of {p_value.size:,} rows flagged")
     return figure

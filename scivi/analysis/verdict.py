@@ -17,6 +17,9 @@ from scivi.analysis import (
     weights,
 )
 from scivi.analysis.check import Check, note
+from scivi.analysis.drift import drift
+
+DRIFT_ALPHA = 0.01  # of new rows like those of the fit, one report in a hundred says otherwise (our choice)
 
 # Passed, these do not add to the reasons for trust: others say the same better.
 MINOR = {
@@ -66,6 +69,8 @@ def measure(
     if groups.local_rows(tree) or "log_likelihood" in tree.children:
         share = 1.0 if whole is tree else groups.rows(tree) / groups.rows(whole)
         found["loo"] = predictive.loo(tree, rows=found.get("row_reliability"), share=share)
+    if groups.has(tree, "features", "feature_values", "fit_values") and _are_new(tree):
+        found["drift"] = drift(tree, alpha=DRIFT_ALPHA)
     if truth is not None:
         found["coverage"] = calibration.coverage(tree, truth)
     if reference is not None:
@@ -77,19 +82,29 @@ def checks(tree: xr.DataTree, found: Mapping[str, xr.Dataset]) -> list[Check]:
     """Apply every rule to what was measured; the order is that of the page."""
     made = groups.provenance(tree)
     method, fit = made.get("method", "svi"), made.get("fit") or {}
-    result = fit_rules.finite(tree)
+    result = fit_rules.finite(tree) + fit_rules.counted(made.get("weights") or {})
     if method == "svi":
         result += fit_rules.importance(tree, found, fit.get("finish"))
         result += fit_rules.optimisation(fit, found.get("plateau"))
+        result += fit_rules.reach(fit.get("finish") or {})
         result += fit_rules.agreement(found["restarts"])
     elif method == "nuts":
         result += fit_rules.sampling(tree, found["restarts"])
     else:
         result.append(note("method", f'Computed by "{method}": there is no guide to check by its weights.'))
+    if "drift" in found:
+        result += fit_rules.drifted(found["drift"])
     for name, rule in model_rules.RULES.items():
         if name in found and found[name].sizes.get("variable", 0):
             result += rule(found[name])
     return result
+
+
+def _are_new(tree: xr.DataTree) -> bool:
+    """Whether the data are not those of the fit."""
+    made = groups.provenance(tree)
+    here, there = (made.get(name, {}).get("fingerprint") for name in ("data", "fit_data"))
+    return here is not None and there is not None and here != there
 
 
 def conclude(results: Sequence[Check]) -> tuple[str, list[str], list[str]]:
@@ -98,7 +113,7 @@ def conclude(results: Sequence[Check]) -> tuple[str, list[str], list[str]]:
     careful = [c for c in results if not c.ok and c.counts == "care"]
     verdict = "do not trust" if deciding else "trust with care" if careful else "trust"
     failed = deciding + careful
-    why = [c.sentence for c in failed] or [
+    why = list(dict.fromkeys(c.sentence for c in failed)) or [
         c.sentence for c in results if c.counts != "note" and c.name not in MINOR
     ]
     return verdict, why, list(dict.fromkeys(c.advice for c in failed if c.advice))

@@ -96,7 +96,7 @@ def _judged(
         entries += groups.labels(found["mean"].rename(name))
         for key, array in found.data_vars.items():
             columns[str(key)].append(array.values.ravel())
-    joined = {key: np.concatenate(parts) for key, parts in columns.items()}
+    joined: dict[str, np.ndarray] = {key: np.concatenate(parts) for key, parts in columns.items()}
     within = np.abs(joined["shift_sd"]) <= np.maximum(shift, 2 * joined["shift_mcse"])
     joined["ok"] = within & bool((numbers["k_hat"] <= threshold).all())
     result = groups.table("variable", entries, joined, threshold=threshold)

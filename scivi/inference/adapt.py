@@ -34,23 +34,20 @@ from scivi.errors import Unsupported
 from scivi.inference.chains import Chain, Length, nutpie_chain
 from scivi.inference.importance import USABLE_K, pareto_k, truncated
 from scivi.inference.modes import Density, modes
-from scivi.inference.potential import Potential, Whitened, fast, many, potential
+from scivi.inference.potential import Potential, Whitened, fast, whole
+from scivi.inference.reach import STARTS, beyond, order, walk
 from scivi.inference.scores import quiet
-from scivi.inputs.batches import chunks
-from scivi.models.binding import Bound, bind, seeded, stream_seed
+from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.mixtures import AdaptedGuide, StudentMixture
 
 GOOD_K, GOOD_SHARE = 0.5, 0.3  # k-hat and share of effective draws at which the search ends (our choice)
 USABLE_SHARE = 0.02  # effective draws, of which four times as many are proposed (our choice)
-STARTS = 6  # of the search for modes (our choice)
 ROUND, ROUND_BY = 4000, 100  # draws of a round: at least, and for each latent (our choice)
 CONFIRMED = 2  # times as many draws confirm that weights are good (our choice)
 KEPT = 6  # times as many draws that are remembered (our choice)
 ROUNDS = 5  # with the same number of parts (our choice)
 BETTER = 1.1  # by which the share must grow from round to round, or parts are split (our choice)
-WALKERS, WALKS, STEPS = 300, 2, 15  # what looks around, trajectories of each, and their steps (our choice)
-STRIDES = -3.5, -0.7  # logarithms of the least and the largest step, in sd (our choice)
-BEYOND, MISSED = math.log(2.0), 0.01  # weights beyond the largest, and walkers that may see them (our choice)
+MISSED = 0.01  # share of walkers that may see larger weights than any draw has (our choice)
 CHAINS, CHAIN = 4, Length(draws=1000, warmup=500)
 LEAPS = 10  # of a draw of theirs, to foresee how long they are
 
@@ -134,9 +131,9 @@ class _Search:
 
     def asked(self, found: _Measured, log_weight: Tensor) -> _Measured:
         """The same, with what walkers say of it."""
-        self.walked, there = self.walk()
-        beyond = there - found.parts.log_prob(self.walked) > log_weight.max() + BEYOND
-        return replace(found, missed=float(beyond.double().mean()))
+        self.walked, there = walk(self.density, self.points, self.weight())
+        missed = beyond(there - found.parts.log_prob(self.walked), log_weight.max())
+        return replace(found, missed=missed)
 
     def confirmed(self) -> _Measured:
         """The best so far, after walkers were asked where its weights can be used."""
@@ -159,29 +156,6 @@ class _Search:
         """Of these draws, by the mixture of what they were drawn from."""
         mixed = torch.stack([parts.log_prob(self.points) for parts in self.drawn_from])
         return truncated(self.value - (torch.logsumexp(mixed, 0) - math.log(len(mixed))))
-
-    def walk(self) -> tuple[Tensor, Tensor]:
-        """Where walkers come to that begin at draws, each with its own step; and the log density there."""
-        weight = self.weight()
-        x = self.points[torch.multinomial(weight, WALKERS, replacement=True)]
-        away = self.points - weight @ self.points
-        spread = (away.mT * weight) @ away
-        tril = torch.linalg.cholesky(spread + torch.diag_embed(1e-10 * spread.diagonal()))
-        low, high = STRIDES
-        step = (low + (high - low) * torch.rand(WALKERS, 1)).double().exp()
-        value, slope = self.density(x)
-        for _ in range(WALKS):
-            first = torch.randn_like(x)
-            at, speed, there, bend = x, first + 0.5 * step * (slope @ tril), value, slope
-            for k in range(STEPS):
-                at = at + step * (speed @ tril.mT)
-                there, bend = self.density(at)
-                speed = speed + (0.5 if k == STEPS - 1 else 1.0) * step * (bend @ tril)
-            gained = there - value - 0.5 * (speed.square() - first.square()).sum(1)
-            taken = torch.rand(WALKERS).log() < torch.nan_to_num(gained, nan=-math.inf)
-            x, slope = (torch.where(taken[:, None], new, old) for new, old in ((at, x), (bend, slope)))
-            value = torch.where(taken, there, value)
-        return x, value
 
     def moved(self, parts: StudentMixture) -> StudentMixture:
         """Nearer to all draws by their weights; and half to the walkers, if there are any."""
@@ -228,26 +202,23 @@ def adapt(bound: Bound, source: Any, seed: int, progress: bool = True) -> dict[s
             f'guide="auto" learns no networks, and "{template.name}" has some. Write a guide, or take a '
             f"family that is fitted by steps, such as JointNormal()."
         )
-    n = max(source.sizes[row] for row in template.row_dims)
-    cpu = torch.device("cpu")
-    batch = next(chunks(source, template.fields, template.row_dims, n, cpu, torch.float64))
     with seeded(stream_seed(seed, "sampling")), quiet(), poutine.block():
-        pair = bind(template, batch, seed)
-        density = potential(pair, batch)
-        at, value_of = many(pair, batch, density)
+        density, at, value_of = whole(template, source, seed)
         with tqdm(disable=not progress, desc=f"{template.name}: rounds", unit="round") as bar:
             search = _Search(at, value_of, density.size, bar)
             best, stopped, chains = _climb(search, density, guide.freedom, len(guide.log_share))
     told = {"tried": search.tried, "stopped": stopped, "evaluations": search.evaluations}
-    order = _order(density, guide)
+    places = order(density, guide)
     if chains is not None:
         draws = torch.cat([chain.path for chain in chains])
-        guide.keep(draws[torch.randperm(len(draws), generator=torch.Generator().manual_seed(seed))][:, order])
+        guide.keep(
+            draws[torch.randperm(len(draws), generator=torch.Generator().manual_seed(seed))][:, places]
+        )
         return {"method": "nuts", **told, **_converged(chains)}
     parts = best.parts
-    spread = (parts.tril @ parts.tril.mT)[:, order][:, :, order]
+    spread = (parts.tril @ parts.tril.mT)[:, places][:, :, places]
     tril = torch.linalg.cholesky(spread)
-    guide.set(StudentMixture(parts.log_share, parts.loc[:, order], tril, parts.freedom))
+    guide.set(StudentMixture(parts.log_share, parts.loc[:, places], tril, parts.freedom))
     told |= {"method": "adaptive importance sampling", "parts": len(parts.loc)}
     return told | ({"missed": best.missed} if best.k_hat <= USABLE_K else {})
 
@@ -354,12 +325,3 @@ def _measured(parts: StudentMixture, log_weight: Tensor) -> _Measured:
 
 def _rank(found: _Measured) -> tuple[bool, bool, bool, float, float]:
     return found.k_hat <= USABLE_K, found.good, found.weighs_well, -found.missed, found.share
-
-
-def _order(density: Potential, guide: AdaptedGuide) -> Tensor:
-    """Places in the density's vector of the entries of the guide's."""
-    places, first = {}, 0
-    for name, shape in density.shapes.items():
-        places[name] = torch.arange(first, first + shape.numel())
-        first += shape.numel()
-    return torch.cat([places[slot.name] for slot in guide.slots])

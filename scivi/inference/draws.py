@@ -31,13 +31,23 @@ from scivi.inference.gather import (
 )
 from scivi.inference.importance import USABLE_K, chosen, pareto_k
 from scivi.inference.loop import open_data
+from scivi.inference.population import weigh_globals
 from scivi.inference.refine import Refined, refine_rows
 from scivi.inference.scores import Placed, particle_plate, quiet
 from scivi.inference.shards import collector
 from scivi.inference.state import Fit
 from scivi.inference.team import Team
-from scivi.inference.trees import SAMPLED, Named, data_groups, labels_of, plain_labels, units_of
-from scivi.inputs.batches import Batch, chunks, read_batch
+from scivi.inference.trees import (
+    SAMPLED,
+    Named,
+    data_groups,
+    feature_group,
+    feature_labels,
+    labels_of,
+    plain_labels,
+    units_of,
+)
+from scivi.inputs.batches import Batch, read_batch
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.guides import JointGuide
 from scivi.models.mixtures import AdaptedGuide
@@ -51,7 +61,6 @@ POOR_SHARE = (
 PROPOSED = 4  # proposals of which a corrected draw is taken (our choice)
 MOST_CHUNKS = 2**32  # chunks along one row dim: each has a stream of its own
 WEIGHED_DRAWS = 400  # draws whose global weight is worked out by integrating all rows
-FEWEST_WEIGHED = 50  # fewer draws say nothing about the weights' tail
 WEIGHED_NODES = 2**27  # rows x nodes x draws above which it is not (our choice: about a minute)
 
 
@@ -82,7 +91,8 @@ def draw(
             the guide's own draws.
 
     Returns:
-        Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats and history. In
+        Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats, history, and
+        features, a few numbers of each of these rows and of some of the fit's, for ``analysis.drift``. In
         sample_stats: ``lp`` and ``log_q`` (chain, draw), log densities of model and guide over all rows;
         ``row_log_weight`` (chain, draw, row), the log importance weight of a row's latents given the globals;
         ``outside`` and ``poor`` (row); ``global_log_weight`` (chain, draw), that of the globals with all rows
@@ -113,13 +123,16 @@ def draw(
     chains = [_Chain(one, draws, stream_seed(seed + k, "draws")) for k, one in enumerate(fits)]
     _correct(chains, source, correct)
     units = units_of(template)
-    ours, pieces = collector(template.row_dims[0], labels_of(template, source, len(fits), draws), units, to)
+    labels = labels_of(template, source, len(fits), draws)
+    labels |= feature_labels(fits[0].features, template, source)
+    ours, pieces = collector(template.row_dims[0], labels, units, to)
     with pieces:
         first, *others = template.row_dims
         for number, rows, batch in _chunks(fits, source, draws, first, ours):
             found = [chain.rows(batch, number, refine, predictive) for chain in chains]
             index = {} if rows == slice(0, source.sizes[first]) else {first: np.arange(rows.start, rows.stop)}
-            pieces.add(rows, {**_stacked(found), **data_groups(template.told, source, index)})
+            own = feature_group(fits[0].features, template, source, batch)
+            pieces.add(rows, {**_stacked(found), **data_groups(template.told, source, index), **own})
         for k, row in enumerate(others, 1):
             for number, _, batch in _chunks(fits, source, draws, row, ours):
                 for chain in chains:
@@ -391,7 +404,12 @@ class _Chain:
         if source.fingerprint != provenance["data"]["fingerprint"]:
             return None
         with self._running(0):
-            return _weigh_globals(self.fit.bound, source, self.draws, self.given)
+            module = marginal.global_module(self.fit.bound)
+            if module is None or module.name not in self.given:
+                return None
+            theta = self.given[module.name].reshape(self.draws, -1)[:WEIGHED_DRAWS]
+            found = weigh_globals(self.fit.bound, source, theta, WEIGHED_NODES)
+        return None if found is None else np.pad(found, (0, self.draws - len(found)), constant_values=np.nan)
 
 
 def _numpy(value: Tensor) -> np.ndarray:
@@ -464,30 +482,3 @@ def _replaced(
     with particle_plate(draws, bound.nesting), Placed(values, lambda name, _: values[name]):
         guide = poutine.trace(bound.guide).get_trace(batch)
     return _run_model(bound, batch, guide, draws)
-
-
-def _weigh_globals(bound: Bound, source: Any, draws: int, given: Mapping[str, Tensor]) -> np.ndarray | None:
-    """Log p(data | globals) + log prior - log q of the first draws, every row integrated."""
-    module = marginal.global_module(bound)
-    if module is None or module.name not in given or not bound.amortised:
-        return None
-    template, some = bound.template, next(iter(bound.example.values.values()))
-    plan = marginal.layout(bound, bound.example)
-    if plan.refusal is not None or not plan.sites:  # with nothing to integrate, lp - log_q is it already
-        return None
-    per_dim = {1: 15, 2: 9}.get(plan.dims, 5)
-    n_nodes = marginal.n_nodes(plan.dims, per_dim)
-    n = min(draws, WEIGHED_DRAWS, WEIGHED_NODES // (n_nodes * source.sizes[template.row_dims[0]]))
-    if n < FEWEST_WEIGHED:
-        return None
-    size = max(64, 2**19 // n_nodes)
-    theta = given[module.name].reshape(draws, -1)[:n]
-    total = -module.distribution().log_prob(theta).double()
-    for s in range(n):
-        total[s] += marginal.log_prior(bound, module, theta[s], bound.example)
-    for batch in chunks(source, template.fields, template.row_dims, size, some.device, some.dtype):
-        for s in range(n):
-            total[s] += marginal.log_marginal(bound, module, theta[s], batch, plan, per_dim)
-    weights = np.full(draws, np.nan)
-    weights[:n] = total.cpu().numpy()
-    return weights

@@ -28,6 +28,8 @@ from scivi.inference.objective import Objective, prepare
 from scivi.inference.passes import Passes
 from scivi.inference.plan import Plan
 from scivi.inference.polish import polish
+from scivi.inference.population import weigh_globals
+from scivi.inference.reach import unseen
 from scivi.inference.recorder import Recorder, recorder_for
 from scivi.inference.scores import quiet
 from scivi.inference.state import Fit, State, freeze, load_state, new_state, save_state, versions
@@ -37,6 +39,7 @@ from scivi.inference.stopping import levelled
 from scivi.inference.team import team
 from scivi.inference.trees import plain_labels
 from scivi.inputs.batches import Batch, chunks, read_batch
+from scivi.inputs.features import Features, Sample
 from scivi.inputs.feed import Feed
 from scivi.inputs.sources import open_source
 from scivi.models.binding import Bound, bind, stream_seed
@@ -52,6 +55,10 @@ FINISH_ROWS = (
 FINISH_NODES = 2**15  # rows x nodes of the curvature, where nodes are few (our choice, likewise)
 MOST_FINE_NODES = 2**22  # rows x fine nodes of the finish (our choice: a second, 100 MB at a time)
 NODES_AT_A_TIME = 2**18  # rows x nodes held at once
+WEIGHED_DRAWS, WEIGHED_NODES = (
+    100,
+    2**24,
+)  # of the globals' normal; rows x nodes x draws (our choice: seconds)
 _SEEN_DRAWS = 16  # as many rows at once as of so many draws: a pass that only compares needs no more
 FEWEST_NODES = 8  # as which fewer count: a row has numbers of its own
 
@@ -402,6 +409,8 @@ def fit(
                 bar.total = bar.n  # of steps: what is left is no step
                 bar.set_postfix_str("finishing the globals")
                 _by_first(state, lambda: _finish(state, source, plan))
+                bar.set_postfix_str("looking beyond the guide")
+                _by_first(state, lambda: state.finish.update(unseen(state.bound, source, plan.seed)))
                 if state.team.any(state.team.asked):  # too late for a step
                     state.stopped = "signal"
     finally:
@@ -461,13 +470,18 @@ def _finish(state: State, source: Any, plan: Plan) -> None:
             told |= {"ess": found.ess, "log_weight": list(found.log_weight)}
         else:
             dims = marginal.layout(bound, bound.example).dims
-            work = n * marginal.n_nodes(dims, marginal.training_nodes(dims, plan.nodes))
+            work = n * marginal.n_nodes(dims, marginal.summing_nodes(dims, plan.nodes))
             gradient = Passes(bound, module, plan, work)
             found = marginal.newton_finish(bound, rows, plan.nodes, gradient=gradient)
             told = {"method": "newton", "steps": found.steps, "step_sd": found.step_sd, "nodes": found.nodes}
             told |= {"node_error_sd": found.node_error_sd, "log_evidence": found.log_evidence}
     moved = (found.loc - module.loc.detach()) / found.covariance.diagonal().sqrt()
     module.set(found.loc, found.covariance)
+    if "log_weight" not in told:
+        with _sampling(state), torch.no_grad():
+            theta = module.distribution().sample((WEIGHED_DRAWS,))
+            weight = weigh_globals(bound, source, theta, WEIGHED_NODES)
+        told |= {} if weight is None else {"log_weight": weight.tolist()}
     state.finish |= {**told, "moved_sd": float(moved.abs().max())}
 
 
@@ -475,7 +489,7 @@ def _rows_of(bound: Bound, source: Any, plan: Plan) -> marginal.Rows:
     """Passes over all rows, and over as many as curvature and fine nodes are worth."""
     n = source.sizes[bound.template.row_dims[0]]
     dims = marginal.layout(bound, bound.example).dims
-    coarse = marginal.n_nodes(dims, marginal.training_nodes(dims, plan.nodes))
+    coarse = marginal.n_nodes(dims, marginal.summing_nodes(dims, plan.nodes))
     most = MOST_FINE_NODES // marginal.n_nodes(dims, 2 * plan.nodes + 1)
     some = min(n, max(1, most), max(FINISH_ROWS, FINISH_NODES // coarse))
     return marginal.Rows(_spread_rows(source, bound, n), _spread_rows(source, bound, some), n / some)
@@ -509,6 +523,7 @@ def frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) -
     }
     provenance = {
         **identity,
+        "weights": dict(state.bound.weights),
         "plan": plan.to_dict(),
         "seed": plan.seed,
         "device": plan.device,
@@ -517,7 +532,8 @@ def frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) -
     }
     coords = {d: plain_labels(source.coords[d]) for d in source.sizes if d not in template.row_dims}
     coords |= {d: list(labels) for d, labels in template.coords.items()}
-    return Fit(freeze(state.bound), coords, plan, _history(state.history), provenance, _seen(state, source))
+    seen, features = _seen(state, source, plan)
+    return Fit(freeze(state.bound), coords, plan, _history(state.history), provenance, seen, features)
 
 
 def _history(entries: list[dict[str, float]]) -> xr.Dataset:
@@ -531,12 +547,15 @@ def _history(entries: list[dict[str, float]]) -> xr.Dataset:
     return history
 
 
-def _seen(state: State, source: Any) -> dict[str, torch.Tensor]:
-    """Smallest and largest value of each field along the rows."""
+def _seen(state: State, source: Any, plan: Plan) -> tuple[dict[str, torch.Tensor], Features]:
+    """Smallest and largest value of each field along the rows, and features of some rows."""
     template, seen = state.bound.template, {}
+    seed = stream_seed(plan.seed, "sampling")  # numpy's generator: torch's of that stream is another
+    sample = Sample(template.told, template.row_dims[0], source.sizes, seed)
     some = next(iter(state.bound.example.values.values()))
     size = rows_at_once(state.bound, template.row_dims[0], _SEEN_DRAWS)
     for batch in chunks(source, template.fields, template.row_dims, size, torch.device("cpu"), some.dtype):
+        sample.add(batch)
         for name, declared in template.fields.items():
             axes = [i for i, d in enumerate(declared.dims) if d in template.row_dims]
             if not axes:
@@ -548,4 +567,4 @@ def _seen(state: State, source: Any) -> dict[str, torch.Tensor]:
             low, high = low.amin(axes), high.amax(axes)
             seen[f"{name}.min"] = torch.minimum(seen.get(f"{name}.min", low), low)
             seen[f"{name}.max"] = torch.maximum(seen.get(f"{name}.max", high), high)
-    return seen
+    return seen, sample.features(source.coords)

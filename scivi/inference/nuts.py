@@ -137,7 +137,7 @@ def nuts(
     with seeded(stream_seed(seed, "draws")), torch.no_grad(), quiet():
         collected = _rerun(bound, batch, values, chains * draws)
     groups = _groups(bound, source, collected, stats, (chains, draws), seed)
-    found = tree(groups, _provenance(template, whole, source, given, learnt, told, groups, seed, warmup))
+    found = tree(groups, _provenance(bound, whole, source, given, learnt, told, groups, seed, warmup))
     if to is not None:
         save_tree(found, to)
     return found
@@ -367,7 +367,7 @@ def _groups(
 
 
 def _provenance(
-    template: Template,
+    bound: Bound,
     whole: Any,
     source: Any,
     given: Fit | None,
@@ -377,11 +377,13 @@ def _provenance(
     seed: int,
     warmup: int,
 ) -> dict[str, Any]:
+    template = bound.template
     row = template.row_dims[0]
     chains, draws = (groups["posterior"].sizes[d] for d in ("chain", "draw"))
     return {
         "template": template.name,
         "prior": template.prior_numbers(),
+        "weights": dict(bound.weights),
         "data": {
             "fingerprint": whole.fingerprint,
             "sizes": dict(source.sizes),

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from pyro import poutine
 from pyro.distributions import MultivariateStudentT
 from torch import Tensor
 
@@ -20,10 +21,13 @@ from scivi.errors import Unsupported
 from scivi.inference import marginal
 from scivi.inference.gather import ENTRIES_AT_ONCE
 from scivi.inference.importance import truncated
+from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate
 from scivi.models.binding import Bound
+from scivi.models.sites import row_dim_of, sample_sites
 
 # Degrees of freedom of the proposals: tails heavier than the target's keep weights bounded (our choice).
 FREEDOM = 6.0
+PRIORS_AT_ONCE = 16  # points (our choice: a few calls a round, and little memory)
 
 
 @dataclass(frozen=True)
@@ -109,11 +113,27 @@ def _posteriors(
     at_once = ENTRIES_AT_ONCE // max(1, sum(v.numel() for b in batches for v in b.values.values()))
     if batches and at_once > 1:
         return torch.cat([marginal.log_joint(bound, module, some, batches) for some in at.split(at_once)])
-    found = []
-    for point in at:
+    found = torch.cat([_log_priors(bound, module, some) for some in at.split(PRIORS_AT_ONCE)])
+    for k, point in enumerate(at):
         parts = (
             marginal.log_marginal(bound, module, point, batch, plan, per_dim).double()
             for batch in rows.all(per_dim)
         )
-        found.append(marginal.log_prior(bound, module, point, bound.example).double() + sum(parts))
-    return torch.stack(found)
+        found[k] += sum(parts)
+    return found
+
+
+def _log_priors(bound: Bound, module: marginal.JointNormalGuide, theta: Tensor) -> Tensor:
+    """``marginal.log_prior`` of several points (point, D), all at once, (point,)."""
+    n, nesting, rows = len(theta), bound.nesting, bound.template.row_dims
+    at, total = theta.reshape(n, *[1] * nesting, -1), torch.zeros(n).double().to(theta.device)
+    with particle_plate(n, nesting):
+        with Placed([module.name], lambda _name, _fn: at):
+            guide = poutine.trace(bound.guide).get_trace(bound.example)
+            population = poutine.trace(module).get_trace(bound.example)
+        model = marginal.run_model(bound, bound.example, marginal.latent_values(guide))
+    for sign, trace in ((1, model), (-1, population)):
+        for name, site in sample_sites(trace):
+            if name != module.name and row_dim_of(site, rows) is None:
+                total = total + sign * by_particle(log_prob(site), nesting).expand(n).double()
+    return total

@@ -21,9 +21,10 @@ from torch import Tensor
 from scivi.errors import FitError, Unsupported
 from scivi.inference.capture import Function, captured, compiled, first_of, largest_of, stacked
 from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate
-from scivi.inputs.batches import Batch
-from scivi.models.binding import Bound
+from scivi.inputs.batches import Batch, chunks
+from scivi.models.binding import Bound, bind
 from scivi.models.sites import sample_sites
+from scivi.models.template import Template
 
 OPERATION_S = (
     3e-6  # one operation of a captured graph, measured on one core with tensors of 10 to 1000 entries
@@ -228,6 +229,31 @@ def refuse_unless_singular(error: RuntimeError) -> None:
     """Raise an error again unless a matrix could not be factored; compiled code has plain words for it."""
     if not isinstance(error, torch.linalg.LinAlgError) and not str(error).startswith("linalg."):
         raise error
+
+
+def whole(
+    template: Template, source: Any, seed: int, *, eager: bool = True
+) -> tuple[Potential, Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor], Tensor]]:
+    """The density given all rows of the data, in float64, and `many` of it.
+
+    Args:
+        template: of the model.
+        source: data.
+        seed: of initial values.
+        eager: also where it cannot be captured.
+
+    Raises:
+        FitError: no starting point has a finite density.
+        Unsupported: it cannot be captured, and ``eager`` is false.
+    """
+    n = max(source.sizes[row] for row in template.row_dims)
+    cpu = torch.device("cpu")
+    batch = next(chunks(source, template.fields, template.row_dims, n, cpu, torch.float64))
+    pair = bind(template, batch, seed)
+    density = potential(pair, batch)
+    if not eager:
+        captured(lambda x: density.density(x), [density.first])
+    return density, *many(pair, batch, density)
 
 
 def many(

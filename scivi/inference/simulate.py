@@ -29,8 +29,8 @@ def simulate(
         template: whose ``simulate`` is used, or whose model is run forward.
         sizes: of the dims.
         seed: of the data.
-        like: a table whose given fields are used when the model is run forward; without it they take their
-            default, or a feasible value.
+        like: a table whose given fields and labels are used when the model is run forward; without it fields
+            take their default, or a feasible value.
 
     Returns:
         A table that ``scivi.fit`` takes, and the reported sites that made it.
@@ -38,11 +38,15 @@ def simulate(
     if template.simulate is not None:
         generator = torch.Generator().manual_seed(seed)
         return template.simulate(dict(sizes), template.prior, generator)
-    batch = _blank(template, sizes, like)
+    source = None if like is None else open_data(template, like)
+    batch = _blank(template, sizes, source)
     with seeded(seed), torch.no_grad():
         own = template.nets(dict(batch.sizes), template.prior) if template.nets is not None else None
         trace = poutine.trace(template.model).get_trace(batch.predict(), template.prior, own)
-    coords = {d: np.arange(n) for d, n in batch.sizes.items()}
+    coords: dict[str, Any] = {d: np.arange(n) for d, n in template.all_sizes(batch.sizes).items()}
+    if source is not None:
+        coords |= {d: np.asarray(source.coords[d]) for d in source.sizes}
+    coords |= {d: np.asarray(labels) for d, labels in template.coords.items()}
     units = units_of(template)
     values = {n: batch.values[n] for n, f in template.fields.items() if f.role == "given"}
     values |= {n: value_of(trace, n) for n in template.observed}
@@ -59,10 +63,9 @@ def simulate(
     return dataset(table, coords, units, sampled=False), dataset(truth, coords, units, sampled=False)
 
 
-def _blank(template: Template, sizes: Mapping[str, int], like: Any) -> Batch:
+def _blank(template: Template, sizes: Mapping[str, int], source: Any) -> Batch:
     """A batch of feasible values, or of the given fields of a table."""
-    if like is not None:
-        source = open_data(template, like)
+    if source is not None:
         return next(
             chunks(
                 source,

@@ -31,12 +31,14 @@ from scivi.files import sweep, write_atomically
 from scivi.inference.plan import Plan
 from scivi.inference.team import Team
 from scivi.inputs.batches import Batch
+from scivi.inputs.features import Basis, Features
 from scivi.inputs.feed import Feed
 from scivi.models.binding import Bound, bind, stream_seed
 from scivi.models.mixtures import AdaptedGuide
 from scivi.models.template import Template
 
 FORMAT = 1  # of saved fits and checkpoints
+_OF_A_BASIS = ("mean", "scale", "directions")
 
 
 @dataclass
@@ -138,6 +140,8 @@ class Fit:
         history: dataset over "log": step, objective and the rest.
         provenance: template, prior numbers, data, versions, and how the fit ended.
         seen: smallest and largest value of each field along the rows, by ``<field>.min`` and ``<field>.max``.
+        features: a few numbers of some rows, beside which ``analysis.drift`` puts those of others; None of a
+            fit that was saved before there were any.
     """
 
     bound: Bound
@@ -146,6 +150,7 @@ class Fit:
     history: xr.Dataset
     provenance: Mapping[str, Any]
     seen: Mapping[str, Tensor]
+    features: Features | None = None
 
     @property
     def template(self) -> Template:
@@ -344,6 +349,7 @@ def save(fit: Fit, directory: str | Path) -> Path:
     tensors |= {f"mask.{k}": v for k, v in example.observed_mask.items()}
     tensors |= {f"index.{k}": v for k, v in example.index.items()}
     tensors |= {f"seen.{k}": v for k, v in fit.seen.items()}
+    tensors |= {f"features.{k}": v for k, v in _packed(fit.features).items()}
     content = to_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     name = f"tensors-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     made = fit.template.made if _is_as_made(fit.template) else None  # a part may have been replaced since
@@ -359,6 +365,8 @@ def save(fit: Fit, directory: str | Path) -> Path:
         "coords": {k: list(v) for k, v in fit.coords.items()},
         "provenance": dict(fit.provenance),
     }
+    if fit.features is not None:
+        meta["features"] = {"names": list(fit.features.names), "constants": list(fit.features.constants)}
     write_atomically(directory / name, content)
     write_atomically(directory / "history.nc", bytes(fit.history.to_netcdf(engine="h5netcdf")))
     write_atomically(directory / "fit.json", json.dumps(meta, indent=1).encode())
@@ -410,7 +418,29 @@ def load(directory: str | Path, template: Template | None = None) -> Fit:
             f'"{directory}" does not fit template "{template.name}" as it is now: {error}'
         ) from None
     history = xr.load_dataset(directory / "history.nc", engine="h5netcdf")
-    return Fit(freeze(bound), meta["coords"], plan, history, meta["provenance"], _under(tensors, "seen."))
+    seen, features = _under(tensors, "seen."), _unpacked(_under(tensors, "features."), meta.get("features"))
+    return Fit(freeze(bound), meta["coords"], plan, history, meta["provenance"], seen, features)
+
+
+def _packed(features: Features | None) -> dict[str, Tensor]:
+    """Numbers of features as named tensors."""
+    if features is None:
+        return {}
+    found = {"values": features.values, "constants": np.array(list(features.constants.values()), float)}
+    for name, basis in features.bases.items():
+        found |= {f"{name}.{part}": getattr(basis, part) for part in _OF_A_BASIS}
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
+
+
+def _unpacked(tensors: Mapping[str, Tensor], named: Mapping[str, list[str]] | None) -> Features | None:
+    """What ``_packed`` was given; None of a fit without features."""
+    if named is None:
+        return None
+    arrays = {name: value.numpy() for name, value in tensors.items()}
+    constants = dict(zip(named["constants"], arrays["constants"].tolist(), strict=True))
+    wide = sorted({name.split(".")[0] for name in arrays if "." in name})
+    bases = {name: Basis(*(arrays[f"{name}.{part}"] for part in _OF_A_BASIS)) for name in wide}
+    return Features(tuple(named["names"]), arrays["values"], constants, bases)
 
 
 def _tuples(prior: Mapping[str, Any]) -> dict[str, Any]:

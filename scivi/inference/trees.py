@@ -16,6 +16,8 @@ import xarray as xr
 from torch import Tensor
 
 from scivi.files import opened, put, remove
+from scivi.inputs.batches import Batch
+from scivi.inputs.features import Features, constants_of
 from scivi.inputs.fields import Field
 from scivi.models.template import Template
 
@@ -91,6 +93,43 @@ def data_groups(
         group: {n: (f.dims, table[n]) for n, f in fields.items() if f.role == role}
         for group, role in (("observed_data", "observed"), ("constant_data", "given"))
     }
+
+
+def feature_dims(template: Template, source: Any) -> tuple[str, str, str]:
+    """Dims of features, of the fit's rows and of constants: "_" is added where the data have such a dim."""
+    taken = {*source.sizes, *template.all_sizes(source.sizes), *SAMPLED}
+    feature, fit_row, constant = (
+        f"{name}_" if name in taken else name for name in ("feature", "fit_row", "constant")
+    )
+    return feature, fit_row, constant
+
+
+def feature_labels(features: Features | None, template: Template, source: Any) -> dict[str, Any]:
+    """Labels of the dims of ``feature_group``."""
+    if features is None:
+        return {}
+    feature, _, constant = feature_dims(template, source)
+    return {feature: np.array(features.names), constant: np.array(list(features.constants), str)}
+
+
+def feature_group(
+    features: Features | None, template: Template, source: Any, batch: Batch
+) -> dict[str, Named]:
+    """What ``analysis.drift`` compares: features of these rows, and of those that the fit has kept."""
+    if features is None:
+        return {}
+    feature, fit_row, constant = feature_dims(template, source)
+    own = features.of(batch, template.told, source.coords)
+    found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        "feature_values": ((template.row_dims[0], feature), own),
+        "fit_values": ((fit_row, feature), features.values),
+    }
+    if features.constants:
+        here = constants_of(batch, template.told, source.coords)
+        values = np.array([here.get(name, np.nan) for name in features.constants])
+        found["constant_values"] = ((constant,), values)
+        found["fit_constants"] = ((constant,), np.array(list(features.constants.values())))
+    return {"features": found}
 
 
 def tree(groups: Mapping[str, xr.Dataset], provenance: Mapping[str, Any]) -> xr.DataTree:

@@ -18,11 +18,11 @@ from scivi.errors import TemplateError, listed
 from scivi.inputs.batches import Batch
 from scivi.models.guides import Family, MeanField
 from scivi.models.mixtures import Adapted
-from scivi.models.sites import Site, latent_sites, nesting_of, value_of
+from scivi.models.sites import Site, latent_sites, nesting_of, row_dim_of, sample_sites, value_of, weight_of
 from scivi.models.template import Template
 
 _PRIOR_RUNS = 15  # prior draws whose median starts a ready-made guide, as in Pyro's init_to_median
-_STREAMS = {"init": 0, "order": 1, "sampling": 2, "draws": 3}
+_STREAMS = {"init": 0, "order": 1, "sampling": 2, "draws": 3, "reach": 4}
 _T = TypeVar("_T")
 
 
@@ -114,6 +114,7 @@ class Bound:
         sites: latent sites of the model.
         nesting: dims taken by plates.
         example: the rows it was bound to.
+        weights: how many times observed sites count, of those that do not count once.
     """
 
     template: Template
@@ -121,6 +122,7 @@ class Bound:
     sites: tuple[Site, ...]
     nesting: int
     example: Batch
+    weights: Mapping[str, float]
 
     def model(self, batch: Batch) -> None:
         """The template's generative story."""
@@ -184,7 +186,17 @@ def bind(template: Template, example: Batch, seed: int) -> Bound:
         _check_sites(template, runs[0], sites, frozenset(_values(template, example, own, runs[0])))
         guide = _guide_module(template, runs, sites, nesting)
     nets = Nets(own, guide)
-    return Bound(template, nets.to(some.device, some.dtype), sites, nesting, example)
+    return Bound(
+        template, nets.to(some.device, some.dtype), sites, nesting, example, _weights(template, runs[0])
+    )
+
+
+def _weights(template: Template, run: poutine.Trace) -> dict[str, float]:
+    """Of the sites that stand for what is reported: other row dims may weigh what they like."""
+    others = template.row_dims[1:]
+    seen = {n: s for n, s in sample_sites(run) if s["is_observed"] and row_dim_of(s, others) is None}
+    weights = {name: weight_of(site) for name, site in seen.items()}
+    return {name: weight for name, weight in weights.items() if abs(weight - 1) > 1e-6}
 
 
 def _prior_runs(template: Template, example: Batch, own: nn.Module | None) -> list[poutine.Trace]:

@@ -55,6 +55,11 @@ class Adapted:
         return AdaptedGuide(slots, start, self, nesting)
 
 
+def heavy_tailed(dims: int) -> float:
+    """Degrees of freedom of a distribution whose weights shall be bounded (our choice)."""
+    return max(4.0, dims / 3)
+
+
 class StudentMixture(dist.TorchDistribution):
     """Student-t distributions of D numbers, mixed.
 
@@ -151,7 +156,7 @@ class AdaptedGuide(JointGuide):
     def __init__(self, slots: Sequence[Slot], start: Tensor, family: Adapted, nesting: int) -> None:
         super().__init__(slots, nesting)
         k, d = family.components, len(start)
-        self.freedom = max(4.0, d / 3) if family.freedom is None else family.freedom
+        self.freedom = heavy_tailed(d) if family.freedom is None else family.freedom
         self.register_buffer("log_share", torch.full((k,), -torch.inf))
         self.register_buffer("loc", start.detach().expand(k, -1).clone())
         self.register_buffer("tril", torch.eye(d).expand(k, -1, -1).clone())

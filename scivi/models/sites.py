@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -68,6 +69,13 @@ def value_of(trace: poutine.Trace, name: str) -> Tensor:
 def plates_of(site: Mapping[str, Any]) -> dict[str, int]:
     """Plate names and dims of a site of a trace."""
     return {frame.name: frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+
+
+def weight_of(site: Mapping[str, Any]) -> float:
+    """How many times the site counts, besides what its plates make of a minibatch (``poutine.scale``)."""
+    frames = [f for f in site["cond_indep_stack"] if f.full_size]
+    plates = math.prod(f.full_size / f.size for f in frames)
+    return float(torch.as_tensor(site["scale"]).double().mean()) / plates
 
 
 def row_dim_of(site: Mapping[str, Any], rows: tuple[str, ...]) -> str | None:

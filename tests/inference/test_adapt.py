@@ -371,7 +371,7 @@ def test_a_mode_without_bottom_is_left_for_chains():
 
 
 @pytest.mark.parametrize(
-    ("share", "verdict"), [(0.0, "trust"), (0.02, "trust with care"), (0.2, "do not trust")]
+    ("share", "verdict"), [(0.02, "trust"), (0.1, "trust with care"), (0.4, "do not trust")]
 )
 def test_what_walkers_missed_counts(share, verdict):
     """The same draws, whose weights look good, with another share of walkers that came to where none is."""

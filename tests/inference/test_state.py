@@ -13,12 +13,13 @@ import pytest
 import torch
 import xarray as xr
 
-from scivi.analysis import report
-from scivi.errors import CheckpointError, TemplateError
+from scivi.analysis import drift, report
+from scivi.errors import CheckpointError, DataError, TemplateError
 from scivi.files import write_atomically
 from scivi.inference.draws import draw
 from scivi.inference.loop import fit
 from scivi.inference.state import Fit, import_template, load, reference_of, save
+from scivi.inputs.features import Basis, Features
 from scivi.inputs.fields import Field
 from scivi.models.guides import JointNormal
 from scivi.models.template import Template
@@ -51,6 +52,16 @@ own = Template(
     dims={"mu": ()},
     prior=Prior(),
 )
+
+
+def featured(batch, prior, nets):
+    mu = pyro.sample("mu", dist.Normal(batch.y.new_tensor(0.0), 2.0))
+    with batch.plate("row", dim=-1):
+        batch.observe("y", dist.Normal(mu.unsqueeze(-1), batch.y.new_ones(2)).to_event(1))
+
+
+def featured_guide(batch, prior, nets):
+    nets.globals(batch)
 
 
 def shifted(batch, prior, nets, *, shift):
@@ -109,6 +120,54 @@ def test_an_amortised_fit_is_loaded_without_its_data(tmp_path):
     assert again.sizes == {"row": 100}
     one, other = (draw(f, rows(5, seed=8), 10, seed=1).posterior.z for f in (fitted, again))
     xr.testing.assert_identical(one, other)
+
+
+def test_a_loaded_fit_tells_drift_without_its_data(tmp_path):
+    template = hierarchy()
+    fitted = fit(template, rows(400), replace(QUICK, rows_per_batch=8), progress=False)
+    again = load(save(fitted, tmp_path), template)
+    assert fitted.features is not None
+    assert again.features is not None
+    assert again.features.names == fitted.features.names == ("y", "y: missing")
+    np.testing.assert_array_equal(again.features.values, fitted.features.values)
+    usual, shifted = rows(200, seed=8), {"y": rows(200, seed=9)["y"] + 0.6}  # .6 sd
+    trees = [draw(again, data, 30, seed=1) for data in (usual, shifted)]
+    found = [drift(tree) for tree in trees]
+    assert [one.attrs["drifted"] for one in found] == [False, True]
+    assert not bool(found[1].sel(variable="y")["ok"])
+    assert [float(r["value"]) for r in (report(t).sel(check="drift") for t in trees)] == [
+        one.attrs["p_value"] for one in found
+    ]
+    assert "drift" not in report(draw(again, rows(400), 30))["check"]  # the fit's own data
+    with pytest.raises(DataError, match="has no features"):  # as a fit that was saved without
+        drift(draw(replace(again, features=None), usual, 10))
+
+
+def test_features_of_wide_fields_and_constants_are_saved(fitted, tmp_path):
+    basis = Basis(*(np.float32(np.arange(k)).reshape(shape) for k, shape in ((3, 3), (3, 3), (6, (3, 2)))))
+    values = np.array([[1.0, np.nan]], np.float32)
+    features = Features(
+        ("wide: mean", "wide: sd"), values, {"e[a]": 0.1, "hash": 2.0**47 + 1}, {"wide": basis}
+    )
+    again = load(save(replace(fitted, features=features), tmp_path)).features
+    assert again is not None
+    assert (again.names, again.constants) == (features.names, features.constants)
+    np.testing.assert_array_equal(again.values, values)
+    for part in ("mean", "scale", "directions"):
+        np.testing.assert_array_equal(getattr(again.bases["wide"], part), getattr(basis, part))
+
+
+def test_a_fit_that_was_saved_without_features_is_read(fitted, tmp_path):
+    assert load(save(replace(fitted, features=None), tmp_path)).features is None
+
+
+def test_a_dim_of_the_data_may_be_called_feature():
+    fields = {"y": Field(("row", "feature"), "observed")}
+    template = replace(hierarchy(), fields=fields, dims={"mu": ()}, model=featured, guide=featured_guide)
+    data = {"y": rows(60)["y"].reshape(30, 2)}
+    tree = draw(fit(template, data, QUICK, progress=False), {"y": data["y"][:9] + 9}, 5)
+    assert tree["features"]["feature_values"].dims == ("row", "feature_")
+    assert drift(tree).attrs["drifted"] is True
 
 
 def test_a_notebooks_own_template_is_passed_in(tmp_path, monkeypatch):
