@@ -240,10 +240,7 @@ def by_nuts(model: Callable[..., None], kind: str, seed: int, names: tuple[str, 
         template_of(model, **dims), rows(kind, seed), draws=1000, chains=4, seed=1, progress=False,
         backend="nutpie",
     )  # fmt: skip
-    posterior = tree["posterior"].to_dataset()
-    return {
-        n: tuple(getattr(posterior[n], k)(("chain", "draw")).values for k in ("mean", "std")) for n in names
-    }
+    return {name: moment for name, moment in moments_of(tree).items() if name in names}
 
 
 def regression(
@@ -437,21 +434,29 @@ def new_photons(change: Callable[[xr.Dataset], xr.Dataset], seed: int) -> Seen:
     return beside_truth(tree, {"log_brightness": new.u.numpy()[:, None]})
 
 
-def of_methylation(seed: int, n: int = 2000, heterogeneous: bool = False, **wrong: Any) -> Seen:
-    """Rates of loci that share them beside NUTS, genotypes summed out by both."""
+@lru_cache
+def loci(seed: int) -> tuple[Template, xr.Dataset, Oracle]:
+    """Loci that share their rates, and moments of what they share by NUTS, genotypes summed out."""
     from methylation_accuracy import simulated
 
-    table, _ = simulated(n, 1e-3, 3e-3, np.array([0.75, 0.01, 0.24]), np.random.default_rng(seed))
-    template = methylation.make(EXAMPLE, contexts=("CG",), heterogeneous=heterogeneous)
-    how = {"draws": 600, "warmup": 400, "chains": 4, "seed": 1, "progress": False}
-    theirs = scivi.nuts(template, table, **how)["posterior"].to_dataset()
-    names = [str(n) for n in theirs.data_vars]
-    oracle = {
-        n: tuple(getattr(theirs[n], k)(("chain", "draw")).values for k in ("mean", "std")) for n in names
-    }
-    if wrong.get("swapped"):
+    table, _ = simulated(300, 1e-3, 3e-3, np.array([0.75, 0.01, 0.24]), np.random.default_rng(seed))
+    template = methylation.make(EXAMPLE, contexts=("CG",), heterogeneous=False)
+    how: dict[str, Any] = {"draws": 300, "warmup": 200, "chains": 2, "seed": 1, "progress": False}
+    return template, table, moments_of(scivi.nuts(template, table, **how))
+
+
+def moments_of(tree: xr.DataTree) -> Oracle:
+    """Mean and sd of every variable."""
+    posterior, over = tree["posterior"].to_dataset(), ("chain", "draw")
+    return {str(n): (a.mean(over).values, a.std(over).values) for n, a in posterior.data_vars.items()}
+
+
+def of_methylation(seed: int, swapped: bool = False) -> Seen:
+    """What loci share, beside NUTS; with methylated reads taken for unmethylated ones, if swapped."""
+    template, table, oracle = loci(seed)
+    if swapped:
         table = table.assign(methylated=table["total"] - table["methylated"])
-    return judged(template, table, wrong.get("plan"), oracle)
+    return judged(template, table, None, oracle)
 
 
 def of_volatility(seed: int, errors: Any = "normal", guide: Any = None) -> Seen:

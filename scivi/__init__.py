@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scivi.inputs.fields import Field
     from scivi.laws import check
     from scivi.models.template import Template
+    from scivi.sbc import calibrate
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "Plan",
     "Template",
     "analysis",
+    "calibrate",
     "check",
     "draw",
     "errors",
@@ -49,6 +51,7 @@ _HOMES = {
     "Plan": "scivi.inference.plan",
     "Fit": "scivi.inference.state",
     "simulate": "scivi.inference.simulate",
+    "calibrate": "scivi.sbc",
     "check": "scivi.laws",
     "fit": "scivi.inference.loop",
     "fit_many": "scivi.inference.many",

@@ -23,6 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Hundreds of fits run where markers are asked for, by ``-m slow -k sbc`` say, and not by default."""
+    if not config.getoption("markexpr"):
+        for item in items:
+            if item.get_closest_marker("sbc"):
+                item.add_marker(pytest.mark.skip(reason="300 fits, minutes: pytest -m slow -k sbc"))
+
+
 @pytest.fixture(autouse=True)
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another way to take steps, if one is asked for."""

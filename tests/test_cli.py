@@ -19,7 +19,7 @@ from scivi.errors import DataError
 from scivi.inference.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("fit", "draw", "predict", "nuts", "simulate", "report", "check", "info", "study", "watch")
+COMMANDS = ("fit", "draw", "predict", "nuts", "simulate", "report", "check", "sbc", "info", "study", "watch")
 
 TEMPLATES = """
 from dataclasses import dataclass
@@ -393,3 +393,20 @@ def test_simulated_data_are_data(here):
     assert told["sizes"]["source"] == 40
     assert (here / "sim_truth.nc").exists()
     assert "n_on" in scivi("info", "sim.nc").stdout
+
+
+@pytest.mark.slow
+def test_sbc_leaves_ranks_a_figure_and_a_table(here):
+    plan = here / "quick.toml"
+    plan.write_text('steps = 20\nestimator = "trace"\nstop = "none"\n')
+    arguments = ("--data", "schools.nc", "--fits", "8", "--draws", "99", "--plan", plan, "--out", "ranks.nc")
+    result = CliRunner().invoke(app, ["sbc", "my_model:schools", *map(str, arguments), "--json"])
+    assert result.exit_code in (0, 1), result.output  # of eight fits either may be
+    told = json.loads(result.stdout)
+    assert set(told["uniform"]) == {"mu", "tau", "theta"}
+    assert sum(told["verdicts"].values()) == 8
+    ranks = xr.load_dataset("ranks.nc", engine="h5netcdf")
+    assert dict(ranks.sizes) == {"simulation": 8}
+    assert ranks.attrs["draws"] == 99
+    assert Path("ranks.png").stat().st_size > 1000
+    assert result.exit_code == (0 if all(row["ok"] for row in told["uniform"].values()) else 1)
