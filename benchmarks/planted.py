@@ -564,7 +564,7 @@ def cases() -> list[Case]:
     add("volatility, mean field", "mean field", of_volatility, 0, guide=MeanField())
     add("volatility, heavy tails", "normal errors", of_volatility, 0, errors="t")
     add("predators", "", of_predators, 0)
-    add("predators, mean field", "mean field", of_predators, 0, FULL, MeanField())
+    add("predators, mean field", "mean field", of_predators, 0, replace(FULL, steps=300), MeanField())
     add("predators, 30 steps", "too few steps", of_predators, 0, replace(FEW, steps=30))
     return found
 

@@ -34,8 +34,8 @@ from scivi.errors import Unsupported
 from scivi.inference.chains import Chain, Length, nutpie_chain
 from scivi.inference.importance import USABLE_K, pareto_k, truncated
 from scivi.inference.modes import Density, modes
-from scivi.inference.potential import Potential, Whitened, fast, whole
-from scivi.inference.reach import STARTS, beyond, order, walk
+from scivi.inference.potential import Whitened, Whole, fast, whole
+from scivi.inference.reach import NEAR, WIDE, beyond, order, walk
 from scivi.inference.scores import quiet
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.mixtures import AdaptedGuide, StudentMixture
@@ -203,10 +203,11 @@ def adapt(bound: Bound, source: Any, seed: int, progress: bool = True) -> dict[s
             f"family that is fitted by steps, such as JointNormal()."
         )
     with seeded(stream_seed(seed, "sampling")), quiet(), poutine.block():
-        density, at, value_of = whole(template, source, seed)
+        data = whole(template, source, seed)
+        density = data.density
         with tqdm(disable=not progress, desc=f"{template.name}: rounds", unit="round") as bar:
-            search = _Search(at, value_of, density.size, bar)
-            best, stopped, chains = _climb(search, density, guide.freedom, len(guide.log_share))
+            search = _Search(data.at, data.value, density.size, bar)
+            best, stopped, chains = _climb(search, data, guide.freedom, len(guide.log_share))
     told = {"tried": search.tried, "stopped": stopped, "evaluations": search.evaluations}
     places = order(density, guide)
     if chains is not None:
@@ -224,17 +225,17 @@ def adapt(bound: Bound, source: Any, seed: int, progress: bool = True) -> dict[s
 
 
 def _climb(
-    search: _Search, density: Potential, freedom: float, most: int
+    search: _Search, data: Whole, freedom: float, most: int
 ) -> tuple[_Measured, str, list[Chain] | None]:
     """From the modes to as many parts as are needed, and to chains if none do; why it ended."""
-    starts = [density.first, *(density.start(None) for _ in range(STARTS - 1))]
+    starts = data.starts(NEAR, WIDE)
     found = search.rung("Student-t at the mode", lambda: modes(search.density, starts, freedom))
     while not found.good and not search.lost(found) and 2 * len(found.parts.loc) <= most:
         parts = search.moved(halved(found.parts))
         found = search.rung(f"{len(parts.loc)} Student-t parts", lambda parts=parts: parts)
     best, chains = search.confirmed(), None
     if not best.usable and find_spec("nutpie") is not None:
-        chains = _chains(search, density, starts)
+        chains = _chains(search, data)
         draws = torch.cat([chain.path for chain in chains])
         for n in range(0, most.bit_length(), 2):  # 1, 4, 16 parts
             name = f"{2**n} Student-t part{'s' * (n > 0)} at draws of NUTS"
@@ -266,12 +267,13 @@ def _converged(chains: Sequence[Chain]) -> dict[str, Any]:
     }
 
 
-def _chains(search: _Search, density: Potential, starts: Sequence[Tensor]) -> list[Chain]:
+def _chains(search: _Search, data: Whole) -> list[Chain]:
     """Chains that begin anew: modes may lie where nothing is."""
-    function, _ = fast(density, LEAPS * CHAINS * (CHAIN.draws + CHAIN.warmup))
+    function, _ = fast(data.density, LEAPS * CHAINS * (CHAIN.draws + CHAIN.warmup))
+    starts = data.starts(CHAINS, 0)
     seeds = torch.randint(2**31, (CHAINS,)).tolist()
     with tqdm(disable=True) as bar:
-        chains = [nutpie_chain(function, x, CHAIN, seed, bar) for x, seed in zip(starts, seeds, strict=False)]
+        chains = [nutpie_chain(function, x, CHAIN, seed, bar) for x, seed in zip(starts, seeds, strict=True)]
     search.evaluations += sum(chain.gradients for chain in chains)
     search.forget()
     return chains

@@ -56,7 +56,8 @@ def mode(density: Density, x: Tensor, steps: int = 100) -> tuple[float, Tensor, 
         if not there[at] > value:
             break
         x, value, slope = x + moves[at], there[at], slopes[at]
-    return float(value), x, torch.linalg.cholesky(root @ root.mT)
+    r = torch.linalg.qr(root.mT).R  # of root root', which may be all but singular, the Cholesky factor
+    return float(value), x, (r * r.diagonal().sign()[:, None]).mT
 
 
 def _end_of_rise(values: Tensor) -> int:

@@ -23,7 +23,7 @@ from scivi.inference.capture import Function, captured, compiled, first_of, larg
 from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate
 from scivi.inputs.batches import Batch, chunks
 from scivi.models.binding import Bound, bind
-from scivi.models.sites import sample_sites
+from scivi.models.sites import sample_sites, value_of
 from scivi.models.template import Template
 
 OPERATION_S = (
@@ -231,10 +231,36 @@ def refuse_unless_singular(error: RuntimeError) -> None:
         raise error
 
 
-def whole(
-    template: Template, source: Any, seed: int, *, eager: bool = True
-) -> tuple[Potential, Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor], Tensor]]:
-    """The density given all rows of the data, in float64, and `many` of it.
+@dataclass(frozen=True)
+class Whole:
+    """The density of a model given all rows of its data, in float64.
+
+    Args:
+        pair: the model.
+        batch: the data.
+        density: of one point.
+        at: density and gradient of many points (point, n).
+        value: density of many points.
+    """
+
+    pair: Bound
+    batch: Batch
+    density: Potential
+    at: Callable[[Tensor], tuple[Tensor, Tensor]]
+    value: Callable[[Tensor], Tensor]
+
+    def starts(self, near: int, wide: int) -> list[Tensor]:
+        """Points (n,) at which it is finite: some in (-2, 2), and some drawn from the prior."""
+        found = [self.density.first, *(self.density.start(None) for _ in range(near - 1))]
+        for _ in range(wide):
+            with torch.no_grad():
+                prior = poutine.trace(self.pair.model).get_trace(self.batch)
+            found.append(self.density.start({name: value_of(prior, name) for name in self.density.shapes}))
+        return found
+
+
+def whole(template: Template, source: Any, seed: int, *, eager: bool = True) -> Whole:
+    """The density given all rows of the data.
 
     Args:
         template: of the model.
@@ -253,7 +279,7 @@ def whole(
     density = potential(pair, batch)
     if not eager:
         captured(lambda x: density.density(x), [density.first])
-    return density, *many(pair, batch, density)
+    return Whole(pair, batch, density, *many(pair, batch, density))
 
 
 def many(

@@ -30,7 +30,7 @@ from scivi.models.sites import sample_sites, value_of
 WALKERS, WALKS, STEPS = 300, 2, 15  # what looks around, trajectories of each, and their steps (our choice)
 STRIDES = -3.5, -0.7  # logarithms of the least and the largest step, in sd (our choice)
 BEYOND = math.log(2.0)  # weights that count as larger than any seen (our choice)
-STARTS = 6  # of the search for modes (our choice)
+NEAR, WIDE = 3, 5  # starts of the search for modes, in (-2, 2) and from the prior (our choice)
 DRAWS = 4000  # of a guide that is asked (our choice)
 HOPELESS_K = 1.0  # of weights that will not do, whatever more draws of them say
 HARDLY = 0.1  # of a mode's share, as which draws have to belong to it (our choice)
@@ -90,19 +90,18 @@ def unseen(bound: Bound, source: Any, seed: int) -> dict[str, Any]:
     some = next(iter(bound.example.values.values()))
     with seeded(stream_seed(seed, "reach"), some.device), quiet(), poutine.block():
         try:
-            density, at, value = whole(template, source, seed, eager=False)
+            data = whole(template, source, seed, eager=False)
         except (Unsupported, FitError):
             return {}
         batch = read_batch(source, template.fields, template.row_dims, {}, some)
-        own = _Guide(bound, batch, density)
+        own = _Guide(bound, batch, data.density)
         points = own.drawn(DRAWS)
-        log_weight = value(points) - own.log_prob(points)
+        log_weight = data.value(points) - own.log_prob(points)
         if pareto_k(log_weight.numpy()) > HOPELESS_K:
             return {}
         weight = truncated(log_weight)
-        walked, there = walk(at, points, weight)
-        starts = [density.first, *(density.start(None) for _ in range(STARTS - 1))]
-        found = modes(at, starts, heavy_tailed(density.size))
+        walked, there = walk(data.at, points, weight)
+        found = modes(data.at, data.starts(NEAR, WIDE), heavy_tailed(points.shape[1]))
         belong = weight @ torch.softmax(found.each(points)[0] + found.log_share, 1)
         share = found.log_share.exp()
         hardly = share[belong < HARDLY * share].sum()

@@ -314,7 +314,6 @@ def test_where_no_guide_will_do_draws_of_nuts_are_kept(chains):
     finish = chains.provenance["fit"]["finish"]
     names = ["Student-t at the mode", "1 Student-t part at draws of NUTS"]
     assert [t["guide"] for t in finish["tried"]] == names
-    assert finish["tried"][1]["effective_share"] > finish["tried"][0]["effective_share"]
     assert finish["method"] == "nuts"
     assert finish["stopped"] == "weights cannot be used: draws of NUTS are kept"
     tree = scivi.draw(chains, {"y": np.zeros(1)}, 4000)
