@@ -20,6 +20,10 @@ chains of 1000 draws, warmed up as each does by default. Figures, P a posterior:
     error_nutpie_P, error_numpyro_P: their mean_error_max_P: how good they were in that time.
     trusted_within_bounds: posteriors that are not told "do not trust", and within both bounds. 11 is all.
     outside_bounds_but_trusted: posteriors that are neither; 0 is wanted.
+    TEMPLATE_FIGURE: of the five templates, each with its own guide and plan beside its own oracle, named by
+        ``trust_templates``: mean_error (in the oracle's sd), sd_ratio_min, sd_ratio_max; of photons also
+        kl_median, nats; of volatility path_rms; of citeseq auroc_mean and background_cover90.
+    templates_within_bounds: templates of which all figures are within what was promised. 5 is all.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ import jax
 import numpy as np
 import posteriors
 import posteriors_numpyro
+import trust_templates
 import xarray as xr
 from numpyro.infer import MCMC, NUTS
 from scipy.stats import wasserstein_distance
@@ -51,6 +56,7 @@ import scivi
 
 DRAWS, CHAINS = 4000, 4
 WANTED_MEAN, WANTED_SD = 0.1, 1.1
+PARTS = ("posteriordb", *trust_templates.TEMPLATES)
 WORDS = {"trust": 1.0, "trust with care": 0.5, "do not trust": 0.0}
 
 
@@ -136,17 +142,10 @@ def measured(name: str, folder: Path, repeats: int) -> dict[str, float]:
     return told
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=posteriors.FOLDER, help="of posteriordb's files")
-    parser.add_argument("--only", nargs="+", choices=list(posteriors.OF), default=list(posteriors.OF))
-    parser.add_argument("--repeats", type=int, default=1, help="of each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    given = parser.parse_args()
+def of_posteriordb(given: argparse.Namespace) -> dict[str, float]:
+    """Figures of the posteriors that are asked for."""
     if not given.folder.exists():
         raise SystemExit(f'there is no "{given.folder}": name it by --folder.')
-    warnings.filterwarnings("ignore", module="jax")
     found = {name: measured(name, given.folder, given.repeats) for name in given.only}
     within = {
         name: told["mean_error_max"] <= WANTED_MEAN
@@ -162,6 +161,24 @@ def main() -> None:
     for peer in ("nutpie", "numpyro"):
         ratios = [told[f"time_vs_{peer}"] for told in found.values()]
         print(f"time_vs_{peer:20s} {geometric_mean(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})")
+    return figures
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=posteriors.FOLDER, help="of posteriordb's files")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=list(posteriors.OF), default=list(posteriors.OF)
+    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="of the benchmark")
+    parser.add_argument("--repeats", type=int, default=1, help="of each")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore", module="jax")
+    figures = of_posteriordb(given) if "posteriordb" in given.part else {}
+    if templates := [name for name in given.part if name != "posteriordb"]:
+        figures |= trust_templates.measured(templates)
     write_json(given.json, (__doc__ or "").splitlines()[0], figures, {"draws": DRAWS, "chains": CHAINS})
 
 

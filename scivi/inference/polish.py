@@ -10,7 +10,9 @@ hundred evaluations of the full marginal, so it is for few rows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from pyro import poutine
@@ -19,9 +21,13 @@ from torch import Tensor
 
 from scivi.errors import Unsupported
 from scivi.inference import marginal
+from scivi.inference.capture import captured, largest_of, stacked
 from scivi.inference.gather import ENTRIES_AT_ONCE
 from scivi.inference.importance import truncated
+from scivi.inference.potential import NUMBERS_AT_ONCE
 from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate
+from scivi.inference.stepper import CLOSE, Form, kind
+from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
 from scivi.models.sites import row_dim_of, sample_sites
 
@@ -72,13 +78,14 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, 
     with torch.no_grad():
         loc, tril = module.loc.detach().double(), module.scale_tril.double()
         start, dims = (loc, tril @ tril.mT), len(loc)
+        posteriors = _posteriors(bound, module, rows, plan, per_dim)
         points, density, proposals = torch.empty(0, dims).double(), torch.empty(0).double(), []
         mean, covariance, ess = loc, start[1], 0.0
         for _ in range(rounds):
             proposal = MultivariateStudentT(mean.new_tensor(FREEDOM), mean, torch.linalg.cholesky(covariance))
             new = proposal.sample(torch.Size([draws]))
             points, proposals = torch.cat([points, new]), [*proposals, proposal]
-            density = torch.cat([density, _posteriors(bound, module, new, rows, plan, per_dim)])
+            density = torch.cat([density, posteriors(new.to(module.loc))])
             mixture = torch.logsumexp(torch.stack([p.log_prob(points) for p in proposals]), 0) - math.log(
                 len(proposals)
             )
@@ -97,30 +104,71 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, 
 
 
 def _posteriors(
-    bound: Bound,
-    module: marginal.JointNormalGuide,
-    theta: Tensor,
-    rows: marginal.Rows,
-    plan: marginal.Layout,
-    per_dim: int,
-) -> Tensor:
+    bound: Bound, module: marginal.JointNormalGuide, rows: marginal.Rows, plan: marginal.Layout, per_dim: int
+) -> Callable[[Tensor], Tensor]:
     """Log posterior density of globals (point, D), up to a constant, with every row integrated, (point,).
 
-    Points are worked out at once where rows have no latents and are few, else one by one.
+    Many points at once where rows have no latents and are few, or where the sum over rows can be captured.
     """
-    at = theta.to(module.loc)
-    batches = [] if plan.sites else list(rows.all(per_dim))
-    at_once = ENTRIES_AT_ONCE // max(1, sum(v.numel() for b in batches for v in b.values.values()))
-    if batches and at_once > 1:
-        return torch.cat([marginal.log_joint(bound, module, some, batches) for some in at.split(at_once)])
-    found = torch.cat([_log_priors(bound, module, some) for some in at.split(PRIORS_AT_ONCE)])
-    for k, point in enumerate(at):
-        parts = (
-            marginal.log_marginal(bound, module, point, batch, plan, per_dim).double()
-            for batch in rows.all(per_dim)
+    batches = list(rows.all(per_dim))
+    entries = sum(v.numel() for b in batches for v in b.values.values())
+    if not plan.sites and entries < ENTRIES_AT_ONCE:
+        return lambda theta: torch.cat(
+            [
+                marginal.log_joint(bound, module, some, batches)
+                for some in theta.split(ENTRIES_AT_ONCE // entries)
+            ]
         )
-        found[k] += sum(parts)
-    return found
+
+    sums = [_sum(bound, module, batch, plan, per_dim) for batch in batches]
+
+    def posteriors(theta: Tensor) -> Tensor:
+        prior = torch.cat([_log_priors(bound, module, some) for some in theta.split(PRIORS_AT_ONCE)])
+        return prior + torch.stack([of_rows(theta) for of_rows in sums]).sum(0)
+
+    return posteriors
+
+
+def _sum(
+    bound: Bound, module: marginal.JointNormalGuide, batch: Batch, plan: marginal.Layout, per_dim: int
+) -> Callable[[Tensor], Tensor]:
+    """The log marginal of some rows at many points (point, D), (point,).
+
+    Captured, stacked and kept by the template for further fits, if that gives the same; else point by point.
+    """
+
+    def one_by_one(points: Tensor) -> Tensor:
+        return torch.stack(
+            [marginal.log_marginal(bound, module, at, batch, plan, per_dim) for at in points]
+        ).double()
+
+    form, memo, at = Form(batch, batch.index), bound.template.memo, module.loc.detach()
+    held = {**dict(bound.nets.named_parameters()), **dict(bound.nets.named_buffers())}
+    given = [*(value.detach() for value in held.values()), *form.tensors]
+
+    def function(point: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+        filled, index = form.filled(tensors[len(held) :])
+        own = dict(zip(held, tensors[: len(held)], strict=True))
+        rows = replace(filled, index=index)
+        run = partial(marginal.log_marginal, bound, module, point, rows, plan, per_dim)
+        return (bound.holding(own, run).double(),)
+
+    key = ("sum", per_dim, plan, form.key, *(kind(t) for t in given))
+    if key not in memo:
+        try:
+            graph = captured(function, [at, *given], owned=given[: len(held)])
+        except Unsupported:
+            return one_by_one
+        memo[key] = stacked(graph, [False, *[True] * len(given)]), largest_of(graph)
+    many, largest = memo[key]
+
+    def in_blocks(points: Tensor) -> Tensor:
+        blocks = points.split(max(1, NUMBERS_AT_ONCE // largest))
+        return torch.cat([many(some, *given)[0] for some in blocks])
+
+    tried = at + 0.1 * torch.arange(2)[:, None].to(at)  # where it was captured, and another point
+    same = torch.allclose(in_blocks(tried), one_by_one(tried), rtol=CLOSE[at.dtype], equal_nan=True)
+    return in_blocks if same else one_by_one
 
 
 def _log_priors(bound: Bound, module: marginal.JointNormalGuide, theta: Tensor) -> Tensor:
