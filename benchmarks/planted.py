@@ -97,13 +97,19 @@ def said(tree: xr.DataTree, oracle: Oracle) -> Seen:
     report = scivi.analysis.report(tree)
     posterior, shift, factor = tree["posterior"].to_dataset(), [0.0], [1.0]
     for name, (mean, sd) in oracle.items():
-        draws = posterior[name].stack(sample=("chain", "draw")).transpose("sample", ...).values.astype(float)
+        draws = draws_of(posterior[name])
         ratio = draws.std(0) / sd
         worst = 1.0 if np.size(mean) <= 50 else 0.95
         shift.append(float(np.quantile(np.abs(draws.mean(0) - mean) / sd, worst)))
         factor.append(float(np.quantile(np.maximum(ratio, 1 / ratio), worst)))
     failed = report["sentence"].values[~report["ok"].values & (report["counts"].values != "note")]
     return Seen(report.attrs["verdict"], "; ".join(failed), max(shift), max(factor))
+
+
+def draws_of(array: xr.DataArray) -> np.ndarray:
+    """Draws of all chains, (draw, ...)."""
+    values = array.transpose("chain", "draw", ...).values.astype(float)
+    return values.reshape(-1, *values.shape[2:])
 
 
 def beside_truth(tree: xr.DataTree, truth: Mapping[str, np.ndarray]) -> Seen:
@@ -115,7 +121,7 @@ def beside_truth(tree: xr.DataTree, truth: Mapping[str, np.ndarray]) -> Seen:
     report = scivi.analysis.report(tree)
     posterior, worst = tree["posterior"].to_dataset(), 1.0
     for name, true in truth.items():
-        draws = posterior[name].stack(sample=("chain", "draw")).transpose("sample", ...).values.astype(float)
+        draws = draws_of(posterior[name])
         z = (draws.mean(0) - true) / draws.std(0)
         square = (z**2).reshape(len(z), -1).mean(1)  # of each row
         most = 3 * square.std() / len(square) ** 0.5

@@ -17,9 +17,11 @@ Figures:
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import warnings
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from record import use_threads, write_json
@@ -54,15 +56,23 @@ def main() -> None:
     parser.add_argument(
         "--only", metavar="TEXT", nargs="+", default=[""], help="cases whose names contain it"
     )
+    parser.add_argument(
+        "--kept", type=Path, metavar="FILE", help="what was found; what is there is not run again"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     found: dict[str, Seen] = {}
+    lines = given.kept.read_text().splitlines() if given.kept and given.kept.exists() else []
+    kept = {told.pop("name"): Seen(**told) for told in map(json.loads, lines)}
     for case in CASES:
         if not any(text in case.name for text in given.only):
             continue
         begun = time.perf_counter()
-        seen = found[case.name] = case.run()
+        seen = found[case.name] = kept[case.name] if case.name in kept else case.run()
+        if given.kept and case.name not in kept:
+            with given.kept.open("a") as file:
+                file.write(json.dumps({"name": case.name, **asdict(seen)}) + "\n")
         told = f"{case.name:36s} {case.planted or 'nothing':24s} {seen.kind:8s} {seen.verdict:16s} "
         told += f"error {seen.error:8.2g} sd, factor {seen.factor:8.3g} {time.perf_counter() - begun:6.1f} s"
         print(told, seen.why[:300], flush=True)

@@ -58,7 +58,7 @@ def each(tree: xr.DataTree, over: str | None = None) -> xr.Dataset:
     judged: list[tuple[str, str]] = []
     for k in range(stats.sizes[over]):
         own = joint.isel({over: k})
-        says = weights.decisive(joint.attrs["local_rows"], own["k_hat"].values)
+        says = weights.decisive(bool(joint.attrs["few"]), own["k_hat"].values)
         found = {"reliability": own.assign_attrs(decisive=int(says))}
         if rows is not None:
             found["row_reliability"] = rows.isel({over: k})
@@ -108,8 +108,8 @@ def _joint(tree: xr.DataTree, over: str, first: xr.DataTree) -> xr.Dataset:
     log_weight = (stats["lp"].astype(float) - stats["log_q"].astype(float)).isel(chain=0)
     log_weight = log_weight.transpose(over, "draw").values
     rows = groups.local_rows(first)
-    names = groups.population_names(first)
-    names += groups.local_names(first) if rows <= weights.FEW_ROWS else []
+    shared = groups.population_names(first)
+    names = shared + (groups.local_names(first) if rows <= weights.FEW_ROWS else [])
     weight, numbers = weights.smoothed(log_weight)
     entries, parts = [], []
     for name in names:
@@ -125,7 +125,8 @@ def _joint(tree: xr.DataTree, over: str, first: xr.DataTree) -> xr.Dataset:
     for key in parts[0] if parts else ():
         columns[key] = ((over, "variable"), np.concatenate([part[key] for part in parts], 1))
     columns |= {key: ((over, "chain"), value[:, None]) for key, value in numbers.items()}
-    attrs = {"local_rows": rows, "threshold": weights.USABLE_K}
+    few = weights.few(rows, shared)
+    attrs = {"local_rows": rows, "few": int(few), "threshold": weights.USABLE_K}
     return xr.Dataset(columns, {"variable": np.array(entries, dtype=str)}, attrs)
 
 

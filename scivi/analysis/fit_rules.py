@@ -191,7 +191,7 @@ def _joint(joint: xr.Dataset) -> list[Check]:
     if proposals := joint.attrs.get("proposals", 0):
         return _corrected(proposals, k, ess)
     # a small k-hat over many rows is more than can be asked for: only few rows must meet the strict limit
-    limit = weights.GOOD_K if joint.attrs["local_rows"] <= weights.FEW_ROWS else weights.USABLE_K
+    limit = weights.GOOD_K if joint.attrs["few"] else weights.USABLE_K
     degree = "not close to" if k > weights.USABLE_K else "only roughly"
     result = [
         graded(
@@ -204,7 +204,7 @@ def _joint(joint: xr.Dataset) -> list[Check]:
             RICHER,
         )
     ]
-    if joint.attrs["local_rows"] <= weights.FEW_ROWS:
+    if joint.attrs["few"]:
         gap = float(joint["gap"].max())
         text = f"The guide is {gap:.2g} nats from the posterior as a whole (KL divergence, from below)."
         # our choice: by Pinsker's inequality 0.1 nats bound the error of any probability by 0.22. Needed

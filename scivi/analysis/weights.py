@@ -7,6 +7,8 @@ the correction is to be believed (Yao et al. 2018).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xarray as xr
 from scipy.special import logsumexp
@@ -36,9 +38,10 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
     Returns:
         Dim variable: mean, sd, corrected_mean, shift_sd, shift_mcse (both in posterior sd), ok. Dim chain:
         k_hat, ess, gap (log mean(w) - mean(log w), an estimate of KL(q || p) in nats, from below). The
-        attribute decisive is 0 if more than 50 rows have latents of their own and k-hat is above the
-        threshold: then ok is False throughout, for want of evidence. Of corrected draws, proposals is how
-        many they were taken from, else 0. Row-level variables are listed up to 50 rows.
+        attribute decisive is 0 if more than 50 rows have latents of their own (of rows that share no
+        variable, more than one) and k-hat is above the threshold: then ok is False throughout, for want of
+        evidence; few is 0 of so many rows. Of corrected draws, proposals is how many they were taken from,
+        else 0. Row-level variables are listed up to 50 rows.
 
     Raises:
         DataError: a group is missing, or fewer than 25 draws.
@@ -54,8 +57,8 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
         Yao, Vehtari, Simpson, Gelman (2018), ICML, arXiv:1802.02538.
         Vehtari, Simpson, Gelman, Yao, Gabry (2024), JMLR 25(72), arXiv:1507.02646.
     """
-    rows, proposals = groups.local_rows(tree), 0
-    names = groups.population_names(tree) + (groups.local_names(tree) if rows <= FEW_ROWS else [])
+    rows, proposals, shared = groups.local_rows(tree), 0, groups.population_names(tree)
+    names = shared + (groups.local_names(tree) if rows <= FEW_ROWS else [])
     if groups.has(tree, "sample_stats", CORRECTED):
         log_weight = groups.group(tree, "sample_stats")[CORRECTED].astype(float).values
         proposals = log_weight.shape[1]
@@ -64,14 +67,23 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
         stats = groups.group(tree, "sample_stats", "lp", "log_q")
         difference = stats["lp"].astype(float) - stats["log_q"].astype(float)
         found = _judged(tree, difference.transpose(*groups.SAMPLE).values, names, threshold, shift)
-    says = decisive(rows, found["k_hat"].values, threshold)
+    strict = few(rows, shared)
+    says = decisive(strict, found["k_hat"].values, threshold)
     found["ok"] = found["ok"] & says
-    return found.assign_attrs(decisive=int(says), local_rows=rows, proposals=proposals)
+    return found.assign_attrs(decisive=int(says), few=int(strict), local_rows=rows, proposals=proposals)
 
 
-def decisive(rows: int, k_hat: np.ndarray, threshold: float = USABLE_K) -> bool:
-    """Whether the joint weights say anything, of so many rows with latents: see `reliability`."""
-    return rows <= FEW_ROWS or bool((k_hat <= threshold).all())
+def few(rows: int, shared: Sequence[str]) -> bool:
+    """Whether rows with latents are so few that all their weights together must be good: see `reliability`.
+
+    Rows that share no variable are posteriors of their own, each with weights of its own.
+    """
+    return rows <= (FEW_ROWS if shared else 1)
+
+
+def decisive(few: bool, k_hat: np.ndarray, threshold: float = USABLE_K) -> bool:
+    """Whether the joint weights say anything: of few rows always, of many if they are good."""
+    return few or bool((k_hat <= threshold).all())
 
 
 def _judged(

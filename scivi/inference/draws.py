@@ -87,8 +87,8 @@ def draw(
             poor, and report the amortisation gap of each.
         predictive: also draw the observed fields anew.
         correct: take the draws out of four times as many by their importance weights, if these can be used
-            (k-hat of at most .7); None for guides that hold all latents together, True to insist, False for
-            the guide's own draws.
+            (k-hat of at most .7); None where no latent belongs to a row, or the guide holds all together,
+            True to insist, False for the guide's own draws.
 
     Returns:
         Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats, history, and
@@ -245,7 +245,7 @@ def _totals(chains: Sequence[_Chain], source: Any) -> Named:
 
 def _correct(chains: Sequence[_Chain], source: Any, asked: bool | None) -> None:
     """Let draws be taken from more by their weights where that helps; of all chains or none."""
-    able = all(isinstance(c.fit.bound.nets.guide, JointGuide) and not c.summed for c in chains)
+    able = all(c.together and not c.summed for c in chains)
     if asked is False or any(c.kept for c in chains) or not (able or asked):
         return
     if not able:
@@ -287,6 +287,12 @@ class _Chain:
         """Whether the guide hands out draws of NUTS, whose density is not known."""
         guide = self.fit.bound.nets.guide
         return isinstance(guide, AdaptedGuide) and bool(guide.n_kept)
+
+    @property
+    def together(self) -> bool:
+        """Whether a draw of the globals, auxiliary ones among them, is one of all latents."""
+        bound = self.fit.bound
+        return isinstance(bound.nets.guide, JointGuide) or all(s.row_dim is None for s in bound.sites)
 
     @property
     def summed(self) -> bool:

@@ -41,7 +41,7 @@ def test_plateau_ignores_warm_up_nan_and_several_fits(catalogue, history):
     short = one.where(xr.DataArray(np.arange(100), dims="log") < 60)  # padded with NaN
     tree["history"] = xr.concat([short, two], dim="chain")
     assert list(plateau(tree)["verdict"].values) == ["level", "still falling"]
-    warm = history().assign(beta=("log", np.r_[np.linspace(0, 1, 97), np.ones(3)]))
+    warm = history().assign(beta=("log", np.r_[np.linspace(0, 1, 98), np.ones(2)]))
     tree["history"] = warm
     assert plateau(tree)["verdict"].item() == "too short to tell"
 
