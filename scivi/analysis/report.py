@@ -29,7 +29,8 @@ def report(
     What decides:
 
     - Up to 50 rows with latents of their own, if they share variables, or without such rows: the joint Pareto
-      k-hat of the approximation (> 0.7; > 0.5, or a gap of > 0.1 nats, or means that the weights move by > 0.2 sd, ask for care).
+      k-hat of the approximation (> 0.7; > 0.5, or a gap of > 0.1 nats, or means that the weights move by
+      > 0.2 sd, ask for care).
     - Beyond, the joint log weight is a sum over so many rows that its k-hat is large by dimension alone, even
       for an excellent guide (a small one is good news at any size). Then the rows' own k-hats decide: more
       than 10 % above 0.7 (more than 1 % asks for care).
