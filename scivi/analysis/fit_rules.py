@@ -64,8 +64,8 @@ def drifted(table: xr.Dataset) -> list[Check]:
     return [either("drift", p, table.attrs["alpha"], not matters, "care", fine, text, advice)]
 
 
-def optimisation(fit: Mapping[str, Any], level: xr.Dataset | None) -> list[Check]:
-    """How the fit ended, and whether its objective had levelled off."""
+def optimisation(fit: Mapping[str, Any], level: xr.Dataset | None, corrected: bool = False) -> list[Check]:
+    """How the fit ended, and whether its objective had levelled off; if weights correct draws, no matter."""
     result: list[Check] = []
     if fit.get("stopped") == "diverged":
         text, advice = "The fit diverged.", "Lower the learning rate, or check the data."
@@ -92,6 +92,8 @@ def optimisation(fit: Mapping[str, Any], level: xr.Dataset | None) -> list[Check
     at = next((i for i, v in enumerate(verdicts) if v != "level"), 0)
     gain, error = float(level["improvement"][at]), float(level["improvement_se"][at])
     text = LEVEL[verdicts[at]].format(gain=abs(gain), error=error)
+    if corrected:
+        return [*result, note("plateau", text, gain)]
     # our choice: a tenth of a nat per row within a tenth of the run is a fit that has not ended
     stop = verdicts[at] == "not finite" or (verdicts[at] in ("still falling", "rising") and abs(gain) > 0.1)
     counts = "decides" if stop else "care"

@@ -401,3 +401,22 @@ def test_walkers_see_a_mode_that_few_draws_reach():
         found = adapt._measured(parts, log_weight)
         assert found.share > 0.5
         assert search.asked(found, log_weight).missed > 2 * adapt.MISSED
+
+
+def test_where_weights_correct_draws_the_end_of_the_fit_does_not_matter():
+    """A guide that is .3 sd off, by a fit whose objective was still falling: draws are right all the same."""
+    data, steps = table(), np.arange(50, 1050, 50)
+    fit = wrong_normal(data, 0.3, 1.3)
+
+    def judged(correct):
+        tree = scivi.draw(fit, data, S, correct=correct)
+        tree["history"] = xr.Dataset({"step": ("log", steps), "objective": ("log", 5.0 - 0.002 * steps)})
+        told = json.loads(tree.attrs["provenance"])
+        told["fit"]["finish"] = {}
+        tree.attrs["provenance"] = json.dumps(told)
+        return report(tree)
+
+    corrected = judged(None)
+    assert corrected.attrs["verdict"] == "trust"
+    assert "still falling" in corrected["sentence"].sel(check="plateau").item()
+    assert not bool(judged(False)["ok"].sel(check="plateau"))
