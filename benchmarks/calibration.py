@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="write the curves of all ranks there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     given = parser.parse_args()
-    use_threads()
+    use_threads(1)
     figures: dict[str, float] = {}
     shown: dict[str, xr.Dataset] = {}
     for name in given.templates:
