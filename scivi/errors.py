@@ -60,6 +60,10 @@ class Unsupported(SciVIError, NotImplementedError):
     """The combination that was asked for is not offered; the message says what is."""
 
 
+class TrustWarning(UserWarning):
+    """Predictions of a posterior that the report does not trust."""
+
+
 def listed(title: str, faults: Iterable[str]) -> str:
     """One message for many faults: a title, then a line per fault."""
     return "\n".join([title, *(f"  - {fault}" for fault in faults)])

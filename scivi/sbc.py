@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from tqdm.auto import tqdm
 
-from scivi.analysis import ranks, report
+from scivi.analysis import ranks
 from scivi.errors import DataError, FitError, PlanError, Unsupported
 from scivi.inference.draws import draw
 from scivi.inference.loop import begin, fit, open_data
@@ -69,8 +69,8 @@ def calibrate(
         Dim simulation, or with ``new_rows`` that of the rows under this name: the rank of every reported site
         that the simulator's model has. Of sites that lie along rows the rank is that of one row of each data
         set, chosen at random, and of one entry along dims that no population has; so all entries of a
-        variable are independent over simulations. Coordinate verdict: that of ``analysis.report``, or
-        "diverged", where ranks are NaN. Attribute draws.
+        variable are independent over simulations. Coordinate verdict: that on the posterior, or "diverged",
+        where ranks are NaN. Attribute draws.
 
     Raises:
         DataError: the template refuses data that its own prior has made; the message says which. Narrow the
@@ -91,7 +91,7 @@ def calibrate(
     maker = replace(simulator or template, simulate=None)
     plan = plan or Plan.from_dict(template.plan)
     if new_rows:
-        return _of_new_rows(template, maker, data, plan, new_rows, draws, seed)
+        return _of_new_rows(template, maker, data, plan, new_rows, draws, seed, progress)
     made = [_simulated(maker, data, _seeds(seed, k)[0]) for k in range(fits)]
     bar = tqdm(total=fits, disable=not progress, desc=f"calibration of {template.name}", unit="fit")
     with bar:
@@ -189,7 +189,7 @@ def _ranked(
     tree = draw(one, table, draws, seed=seeds[2])
     posterior = tree["posterior"].to_dataset().isel(place, drop=True, missing_dims="ignore")
     found = ranks(xr.DataTree.from_dict({"posterior": posterior}), planted, seed=seeds[3])
-    return found, str(report(tree).attrs["verdict"])
+    return found, str(tree.attrs["verdict"])
 
 
 def _place(template: Template, truth: xr.Dataset, seed: int) -> dict[str, int]:
@@ -206,7 +206,14 @@ def _constant(truths: Sequence[xr.Dataset]) -> list[str]:
 
 
 def _of_new_rows(
-    template: Template, maker: Template, data: Any, plan: Plan, new_rows: int, draws: int, seed: int
+    template: Template,
+    maker: Template,
+    data: Any,
+    plan: Plan,
+    new_rows: int,
+    draws: int,
+    seed: int,
+    progress: bool,
 ) -> xr.Dataset:
     """Ranks of the last rows of a simulated table, which the fit has not seen."""
     seeds, row = _seeds(seed, 0), template.row_dims[0]
@@ -215,12 +222,12 @@ def _of_new_rows(
     if n < 1:
         raise PlanError(f'new_rows = {new_rows}, but there are {table.sizes[row]} along "{row}" in all.')
     seen, new = table.isel({row: slice(n)}), table.isel({row: slice(n, None)})
-    own = fit(template, _opened(template, seen, 0), replace(plan, seed=seeds[1]), progress=False)
+    own = fit(template, _opened(template, seen, 0), replace(plan, seed=seeds[1]), progress=progress)
     tree = draw(own, new, draws, seed=seeds[2])
     local = [name for name, array in truth.data_vars.items() if row in array.dims]
     found = ranks(tree, truth[local].isel({row: slice(n, None)}), seed=seeds[3])
     place = {d: k for d, k in _place(template, found, seeds[3]).items() if d != row}
     found = found.isel(place, drop=True, missing_dims="ignore").drop_vars(row, errors="ignore")
-    word = str(report(tree).attrs["verdict"])
+    word = str(tree.attrs["verdict"])
     found = found.rename({row: OVER}).assign_coords(verdict=(OVER, np.full(new_rows, word)))
     return found.assign_attrs(draws=draws, template=template.name)

@@ -5,7 +5,9 @@ Longer than 400 lines because all that is told of a chunk of rows is worked out 
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
-from scivi.errors import DataError, Unsupported, listed
+from scivi.errors import DataError, TrustWarning, Unsupported, listed
 from scivi.inference import marginal
 from scivi.inference.discrete import complete, left_out
 from scivi.inference.gather import (
@@ -98,6 +100,7 @@ def draw(
         ``outside`` and ``poor`` (row); ``global_log_weight`` (chain, draw), that of the globals with all rows
         integrated, where affordable. Of corrected draws ``proposal_log_weight`` (chain, proposal), of all
         that they were taken from, and no ``log_q`` and ``row_log_weight``: they are the guide's no more.
+        Attributes verdict, why and advice, as ``analysis.report`` gives them for 1000 of the rows.
 
     Raises:
         DataError: the data do not fit the template.
@@ -160,8 +163,16 @@ def predict(
     to: str | Path | None = None,
     refine: bool = False,
 ) -> xr.DataTree:
-    """``draw``, with a group ``posterior_predictive`` in which missing entries of the data are forecasts."""
-    return draw(fit, data, draws, seed=seed, to=to, refine=refine, predictive=True)
+    """``draw``, with a group ``posterior_predictive`` in which missing entries of the data are forecasts.
+
+    Warns:
+        TrustWarning: the verdict on the posterior is "do not trust".
+    """
+    found = draw(fit, data, draws, seed=seed, to=to, refine=refine, predictive=True)
+    if found.attrs["verdict"] == "do not trust":
+        reasons = json.loads(found.attrs["why"]) + json.loads(found.attrs["advice"])
+        warnings.warn(f"do not trust these predictions: {' '.join(reasons)}", TrustWarning, stacklevel=2)
+    return found
 
 
 def check_rows(fit: Fit, source: Any) -> None:

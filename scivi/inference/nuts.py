@@ -24,7 +24,7 @@ from scivi.inference.loop import EXAMPLE_ROWS, open_data
 from scivi.inference.potential import Potential, Whitened, fast, model_at, potential, together
 from scivi.inference.scores import by_particle, log_prob, quiet
 from scivi.inference.state import Fit, freeze, versions
-from scivi.inference.trees import dataset, save_tree, tree, units_of
+from scivi.inference.trees import dataset, judged, save_tree, tree, units_of
 from scivi.inputs.batches import Batch, chunks
 from scivi.models.binding import Bound, bind, seeded, stream_seed
 from scivi.models.sites import sample_sites
@@ -103,7 +103,8 @@ def nuts(
     Returns:
         Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats. In sample_stats:
         ``lp``, log joint density as in ``draw``; ``diverging``; ``acceptance_rate``; ``step_size``;
-        ``n_steps`` (leapfrog steps); ``tree_depth``; ``energy``.
+        ``n_steps`` (leapfrog steps); ``tree_depth``; ``energy``. Attributes verdict, why and advice, as
+        ``analysis.report`` gives them.
 
     Raises:
         DataError: the data do not fit the template.
@@ -137,7 +138,8 @@ def nuts(
     with seeded(stream_seed(seed, "draws")), torch.no_grad(), quiet():
         collected = _rerun(bound, batch, values, chains * draws)
     groups = _groups(bound, source, collected, stats, (chains, draws), seed)
-    found = tree(groups, _provenance(bound, whole, source, given, learnt, told, groups, seed, warmup))
+    made = _provenance(bound, whole, source, given, learnt, told, groups, seed, warmup)
+    found = judged(tree(groups, made))
     if to is not None:
         save_tree(found, to)
     return found

@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
+from scivi.errors import DataError
 from scivi.files import opened, put, remove
 from scivi.inputs.batches import Batch
 from scivi.inputs.features import Features, constants_of
@@ -24,6 +25,7 @@ from scivi.models.template import Template
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]  # by variable: dims, and values with those dims
 SAMPLED = ("chain", "draw")
 IN_NATS = ("log_likelihood", "sample_stats")  # groups of log densities
+JUDGED_ROWS = 1000  # a share of one row in ten is known to one in a hundred (our choice)
 ZARR = 2  # format 3 has no settled text type yet
 
 
@@ -140,6 +142,20 @@ def tree(groups: Mapping[str, xr.Dataset], provenance: Mapping[str, Any]) -> xr.
     return root
 
 
+def judged(found: xr.DataTree) -> xr.DataTree:
+    """The same tree, with the attributes "verdict", "why" and "advice" that ``analysis.report`` gives.
+
+    The verdict is "not judged", and why tells the reason, where that is refused: of very few draws.
+    """
+    from scivi.analysis.report import report
+
+    try:
+        found.attrs |= report(found, rows=JUDGED_ROWS).attrs
+    except DataError as error:
+        found.attrs |= {"verdict": "not judged", "why": json.dumps([str(error)]), "advice": "[]"}
+    return found
+
+
 def save_tree(found: xr.DataTree | xr.Dataset, path: str | Path) -> Path:
     """Write a tree or dataset to .nc (netCDF) or .zarr, whole or not at all."""
     path = Path(path)
@@ -232,18 +248,25 @@ class Pieces:
             groups[group] = dataset(named, self.coords, self._units(group, named), sampled=False)
         found = tree({**groups, **whole}, provenance)
         if self.store is None:
+            judged(found)
             if self.to is not None:
                 save_tree(found, self.to)
             return found
         assert self.to is not None
         for name, group in found.children.items():
             group.to_dataset().to_zarr(self.store, group=name, mode="a", consolidated=False, zarr_format=ZARR)
-        xr.Dataset(attrs=found.attrs).to_zarr(self.store, mode="a", consolidated=False, zarr_format=ZARR)
-        import zarr
-
-        zarr.consolidate_metadata(str(self.store), zarr_format=ZARR)
+        self._finish(found.attrs)
+        with opened(self.store) as written:
+            self._finish(judged(written).attrs)
         put(self.store, self.to)
         return opened(self.to)
+
+    def _finish(self, attrs: Mapping[str, Any]) -> None:
+        """Write the attributes of the root, and where all arrays of the store are."""
+        import zarr
+
+        xr.Dataset(attrs=attrs).to_zarr(self.store, mode="a", consolidated=False, zarr_format=ZARR)
+        zarr.consolidate_metadata(str(self.store), zarr_format=ZARR)
 
     def _units(self, group: str, named: Named) -> Mapping[str, str]:
         if group not in IN_NATS:

@@ -208,7 +208,7 @@ def run(
         n_draws, to = _amount(job.draws, _entries(result.template, source), out)
         if not first and to.suffix != ".zarr":  # which they write together
             return summary
-        tree = draws.predict(result, source, n_draws, seed=how.seed, to=to)
+        tree = draws.draw(result, source, n_draws, seed=how.seed, to=to, predictive=True)
         summary["posterior"] = str(to)
         if not first:
             return summary

@@ -14,7 +14,8 @@ from pyro.ops.indexing import Vindex
 from scipy import stats
 from torch import nn
 
-from scivi.errors import DataError, TemplateError, Unsupported
+from scivi.analysis import report
+from scivi.errors import DataError, TemplateError, TrustWarning, Unsupported
 from scivi.inference import draws as draws_module
 from scivi.inference.draws import draw, predict
 from scivi.inference.gather import rows_at_once
@@ -231,6 +232,25 @@ def test_rows_written_as_they_come_are_those_held_in_memory(exact, tmp_path, mon
         for group in held.groups[1:]:
             xr.testing.assert_identical(written[group].to_dataset().load(), held[group].to_dataset())
     assert [p.name for p in tmp_path.iterdir()] == ["draws.zarr"]
+
+
+@pytest.mark.parametrize("ending", [None, "nc", "zarr"])
+def test_the_verdict_is_written_on_the_posterior(exact, tmp_path, ending):
+    to = ending and tmp_path / f"draws.{ending}"
+    good = predict(exact, LABELLED, 400, to=to)
+    assert good.attrs["verdict"] == "trust with care"  # exact, but after two steps no one can tell
+    told = {key: good.attrs[key] for key in ("verdict", "why", "advice")}
+    assert told == report(good).attrs  # no more rows than are examined either way
+    if to:
+        with xr.open_datatree(to, engine="h5netcdf" if ending == "nc" else "zarr") as read:
+            assert {key: read.attrs[key] for key in told} == told
+    assert draw(exact, LABELLED, 10).attrs["verdict"] == "not judged"
+
+
+def test_predictions_of_a_posterior_that_is_far_off_come_with_a_warning():
+    bad = exact_fit(coefficients=(*EXACT[:2], 1.8, float(np.log(0.25))))
+    with pytest.warns(TrustWarning, match="do not trust these predictions: .* have a k-hat above 0.7"):
+        assert predict(bad, LABELLED, 400).attrs["verdict"] == "do not trust"
 
 
 def test_a_drawing_that_fails_leaves_nothing_behind(exact, tmp_path, monkeypatch):
