@@ -1,4 +1,4 @@
-"""Named values become a ``DataTree``, in memory or in a file: the one way out of torch."""
+"""Named values become a ``DataTree`` with its verdict, in memory or in a file: the one way out of torch."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ class Pieces:
         put(self.store, self.to)
         return opened(self.to)
 
-    def _finish(self, attrs: Mapping[str, Any]) -> None:
+    def _finish(self, attrs: Mapping[Any, Any]) -> None:
         """Write the attributes of the root, and where all arrays of the store are."""
         import zarr
 
