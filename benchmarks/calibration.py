@@ -4,9 +4,8 @@
 
 Of each template 300 data sets are made from its prior, fitted by its own guide and plan, and the true values
 ranked among 999 draws: population parameters, and of sites along rows those of one random row. Where rows
-share nothing, or an amortised guide serves rows it has not seen, the ranks are those of 300 rows after one
-fit. Ranks fall into 20 bins, and a chi-square test asks whether these are equally full. `tests/test_sbc.py`
-runs the same settings.
+share nothing, each is a fit of its own, and the ranks are those of 300 rows after one run. Ranks fall into 20
+bins, and a chi-square test asks whether these are equally full. `tests/test_sbc.py` runs the same settings.
 
 Priors are narrowed where a template's own makes data that nobody has: see ``SETTINGS``.
 
@@ -99,14 +98,14 @@ def _pedigree() -> Any:
     )
 
 
-def _methylation(heterogeneous: bool, loci: int, **options: Any) -> Setting:
+def _methylation(heterogeneous: bool, loci: int) -> Setting:
     from domains.genomics import methylation as domain
 
     prior = domain.Prior(gain=2e-3, loss=5e-3, rate_sd=0.7, sigma=0.7)
     template = domain.make(
         _pedigree(), contexts=("CG",), most_reads=30, heterogeneous=heterogeneous, prior=prior
     )
-    return Setting(template, scivi.simulate(template, {"locus": loci}, seed=1)[0], options)
+    return Setting(template, scivi.simulate(template, {"locus": loci}, seed=1)[0])
 
 
 def methylation() -> Setting:
@@ -119,8 +118,8 @@ def methylation() -> Setting:
 
 
 def methylation_loci() -> Setting:
-    """Loci with rates of their own: 300 that a fit of 500 others has not seen."""
-    return _methylation(heterogeneous=True, loci=500 + FITS, new_rows=FITS)
+    """100 loci with rates of their own; otherwise as above."""
+    return _methylation(heterogeneous=True, loci=100)
 
 
 def kinetics() -> Setting:
@@ -152,10 +151,10 @@ def kinetics() -> Setting:
 
 
 def citeseq() -> Setting:
-    """Six proteins of one batch: 300 cells that a fit of 600 others has not seen.
+    """100 cells of one batch, six proteins; all 300 fits are made at once.
 
-    The decoders are learnt, not sampled, and begin so that a cell's state hardly matters: cells differ by the
-    factor of their droplets. Populations have no distribution of their own here, as they are of one fit.
+    The decoders are learnt, not sampled, and begin so that a cell's state hardly matters: the cells that the
+    prior makes differ by the factor of their droplets. Narrow networks, for a hundred cells.
     """
     from dataclasses import replace
 
@@ -169,8 +168,8 @@ def citeseq() -> Setting:
         has_empties=False,
         isotypes=(),
     )
-    template = domain.make(panel, hidden=16, n_latent=2)
-    return Setting(template, scivi.simulate(template, {"cell": 600 + FITS}, seed=1)[0], {"new_rows": FITS})
+    template = domain.make(panel, hidden=16)
+    return Setting(template, scivi.simulate(template, {"cell": 100}, seed=1)[0])
 
 
 SETTINGS: dict[str, Callable[[], Setting]] = {

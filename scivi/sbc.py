@@ -61,7 +61,8 @@ def calibrate(
             where that sums latents out, one that samples them also tells their truth.
         new_rows: if not 0, one data set is simulated in place of many, and fitted without its last so many
             rows. Ranks are those of these rows' latents: the calibration of an amortised guide on rows that
-            it has not seen, under globals that are as well known as the rows of the fit tell them.
+            it has not seen. What rows share is drawn once, and its error common to all ranks: they are
+            uniform only where rows share nothing, or are so many that the fit knows the globals exactly.
         seed: of everything.
         progress: show a progress bar.
 
@@ -146,11 +147,16 @@ def _fitted(template: Template, tables: Sequence[xr.Dataset], plan: Plan, seed: 
             one = fit(template, _opened(template, table, k), own, progress=False)
             if one.provenance["fit"]["engine"].get("steps") == "eager":  # it cannot be captured
                 compiles = plan.compile
-            if one.provenance["fit"]["stopped"] == "signal":  # the fit has ended early, and so shall all
-                raise KeyboardInterrupt
-            yield one
+            yield _ended(one)
         except FitError:
             yield None
+
+
+def _ended(one: Fit) -> Fit:
+    """The same fit, unless a signal has stopped it: then all shall stop."""
+    if one.provenance["fit"]["stopped"] == "signal":
+        raise KeyboardInterrupt
+    return one
 
 
 def _opened(template: Template, table: xr.Dataset, k: int) -> Any:
@@ -222,7 +228,7 @@ def _of_new_rows(
     if n < 1:
         raise PlanError(f'new_rows = {new_rows}, but there are {table.sizes[row]} along "{row}" in all.')
     seen, new = table.isel({row: slice(n)}), table.isel({row: slice(n, None)})
-    own = fit(template, _opened(template, seen, 0), replace(plan, seed=seeds[1]), progress=progress)
+    own = _ended(fit(template, _opened(template, seen, 0), replace(plan, seed=seeds[1]), progress=progress))
     tree = draw(own, new, draws, seed=seeds[2])
     local = [name for name, array in truth.data_vars.items() if row in array.dims]
     found = ranks(tree, truth[local].isel({row: slice(n, None)}), seed=seeds[3])

@@ -139,9 +139,9 @@ def _by_label(template: Template, table: Table, fields: Mapping[str, Field], ove
     sizes = matching.sizes_of(columns, template.sizes)
     if matching.faults or over not in sizes:
         return None
-    of = matching.labels().get(over)
-    labels = np.arange(sizes[over]) if of is None else of.get([None])
-    source = TableSource(fields, columns, sizes, {over: labels})
+    coords = {d: of.get([None]) for d, of in matching.labels().items() if d in sizes}
+    labels = coords.setdefault(over, np.arange(sizes[over]))
+    source = TableSource(fields, columns, sizes, coords)
     faults = []
     for place, label in enumerate(labels):
         try:

@@ -238,6 +238,11 @@ def test_faults_of_the_data_are_listed_with_their_labels():
     data.y[2, 0] = 60.0
     with pytest.raises(DataError, match='star "HD 2": it is too bright'):
         many(picky, data)
+    days = replace(
+        shared, validate=lambda values, coords: [f"not {coords['row'][0]}"] * ("mon" not in coords["row"])
+    )
+    named = stars(3).assign_coords(row=["mon", *map(str, range(1, stars(3).sizes["row"]))])
+    assert len(many(days, named)) == 3  # labels along other dims are looked at too
 
 
 def test_what_cannot_be_done_is_said():
