@@ -145,7 +145,7 @@ def importance(
         advice = "Draw again with scivi.draw."
         result.append(Check("importance weights", np.nan, np.nan, False, "care", text, advice))
     if joint is not None:
-        result += _joint(joint)
+        result += _joint(joint, whole=rows is None)
     if rows is not None:
         result += _rows(rows)
     if joint is not None and joint.attrs.get("proposals"):
@@ -183,15 +183,20 @@ def _kept(finish: Mapping[str, Any]) -> list[Check]:
     ]
 
 
-def _joint(joint: xr.Dataset) -> list[Check]:
-    """k-hat of the whole approximation, and how far its weights move the means."""
+def _joint(joint: xr.Dataset, *, whole: bool) -> list[Check]:
+    """k-hat of the whole approximation, and how far its weights move the means.
+
+    Args:
+        joint: of ``weights.reliability``.
+        whole: whether draws that were corrected were so in all latents, those of rows among them.
+    """
     k, ess = float(joint["k_hat"].max()), float(joint["ess"].min())
     if not joint.attrs["decisive"]:
         text = f"The joint k-hat over {joint.attrs['local_rows']:,} rows ({k:.1f}) says nothing at that size."
         return [note("joint k-hat", text, k)]
     numbers = f"k-hat {k:.2f}, effective size {ess:.0f}"
     if proposals := joint.attrs.get("proposals", 0):
-        return _corrected(proposals, k, ess)
+        return _corrected(proposals, k, ess, whole=whole)
     # a small k-hat over many rows is more than can be asked for: only few rows must meet the strict limit
     limit = weights.GOOD_K if joint.attrs["few"] else weights.USABLE_K
     degree = "not close to" if k > weights.USABLE_K else "only roughly"
@@ -226,17 +231,21 @@ def _joint(joint: xr.Dataset) -> list[Check]:
     return result
 
 
-def _corrected(proposals: int, k: float, ess: float) -> list[Check]:
-    """Draws that were taken from more by their weights: whether these can be used, and are of many draws."""
-    chosen = f"Draws were taken from {proposals:,} by their importance weights"
+def _corrected(proposals: int, k: float, ess: float, *, whole: bool) -> list[Check]:
+    """Draws that were taken from more by their weights: whether these can be used, and are of many draws.
+
+    Of what rows share alone, as its draws were kept when the fit ended, fewer are enough.
+    """
+    what = "Draws" if whole else "Draws of what rows share"
+    chosen = f"{what} were taken from {proposals:,} by their importance weights"
     good = f"{chosen}, which can be used (k-hat {k:.2f}): the guide's own error is corrected."
     bad = f"{chosen}, which cannot be used (k-hat {k:.2f})."
     size = f"The weights are worth {ess:,.0f} independent draws: a mean is known to {ess**-0.5:.2g} sd."
     more = "Draw more, or take a richer guide."
-    few = ess < weights.FEW_EFFECTIVE
+    fewest = weights.FEW_EFFECTIVE if whole else 100  # our choice: a mean to a tenth of its sd
     return [
         graded("k-hat", k, weights.USABLE_K, weights.USABLE_K, good, bad, RICHER),
-        either("effective draws", ess, weights.FEW_EFFECTIVE, not few, "care", size, size, more),
+        either("effective draws", ess, fewest, ess >= fewest, "care", size, size, more),
     ]
 
 

@@ -85,7 +85,8 @@ def checks(tree: xr.DataTree, found: Mapping[str, xr.Dataset]) -> list[Check]:
     result = fit_rules.finite(tree) + fit_rules.counted(made.get("weights") or {})
     if method == "svi":
         result += fit_rules.importance(tree, found, fit.get("finish"))
-        corrected = "reliability" in found and bool(found["reliability"].attrs["proposals"])
+        of_all = "reliability" in found and bool(found["reliability"].attrs["proposals"])
+        corrected = of_all and "row_reliability" not in found
         result += fit_rules.optimisation(fit, found.get("plateau"), corrected)
         result += fit_rules.reach(fit.get("finish") or {})
         result += fit_rules.agreement(found["restarts"])

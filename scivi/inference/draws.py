@@ -31,7 +31,7 @@ from scivi.inference.gather import (
     row_weight,
     rows_at_once,
 )
-from scivi.inference.importance import USABLE_K, chosen, pareto_k
+from scivi.inference.importance import USABLE_K, chosen, pareto_k, truncated
 from scivi.inference.loop import open_data
 from scivi.inference.population import weigh_globals
 from scivi.inference.refine import Refined, refine_rows
@@ -60,6 +60,7 @@ Groups = dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]]  # by group an
 POOR_SHARE = (
     0.2  # share of effective draws under which a row's amortised posterior counts as poor (our choice)
 )
+FEWEST_EFFECTIVE = 100  # draws of a population: a mean is known to a tenth of its sd (our choice)
 PROPOSED = 4  # proposals of which a corrected draw is taken (our choice)
 MOST_CHUNKS = 2**32  # chunks along one row dim: each has a stream of its own
 WEIGHED_DRAWS = 400  # draws whose global weight is worked out by integrating all rows
@@ -88,9 +89,10 @@ def draw(
         refine: improve, one by one, the rows that lie outside what the fit has seen or whose weights are
             poor, and report the amortisation gap of each.
         predictive: also draw the observed fields anew.
-        correct: take the draws out of four times as many by their importance weights, if these can be used
-            (k-hat of at most .7); None where no latent belongs to a row, or the guide holds all together,
-            True to insist, False for the guide's own draws.
+        correct: take the draws out of more by their importance weights, if these can be used (k-hat of at
+            most .7): out of four times as many where no latent belongs to a row, or the guide holds all
+            together; else what rows share out of the weighted draws with which a fit of few rows has ended.
+            None where that can be had, True to insist on the former, False for the guide's own draws.
 
     Returns:
         Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats, history, and
@@ -99,7 +101,8 @@ def draw(
         ``row_log_weight`` (chain, draw, row), the log importance weight of a row's latents given the globals;
         ``outside`` and ``poor`` (row); ``global_log_weight`` (chain, draw), that of the globals with all rows
         integrated, where affordable. Of corrected draws ``proposal_log_weight`` (chain, proposal), of all
-        that they were taken from, and no ``log_q`` and ``row_log_weight``: they are the guide's no more.
+        that they were taken from, and no ``log_q``: they are the guide's no more (nor ``row_log_weight``,
+        where the draws of rows are corrected too).
         Attributes verdict, why and advice, as ``analysis.report`` gives them for 1000 of the rows.
 
     Raises:
@@ -256,24 +259,37 @@ def _totals(chains: Sequence[_Chain], source: Any) -> Named:
 
 def _correct(chains: Sequence[_Chain], source: Any, asked: bool | None) -> None:
     """Let draws be taken from more by their weights where that helps; of all chains or none."""
-    able = all(c.together and not c.summed for c in chains)
-    if asked is False or any(c.kept for c in chains) or not (able or asked):
+    if asked is False or any(c.kept for c in chains):
         return
-    if not able:
+    able, k_hat = all(c.together and not c.summed for c in chains), math.inf
+    if asked and not able:
         raise Unsupported(
             "these draws cannot be corrected as a whole: the guide has a factor for each row, or leaves out "
             "discrete latents. refine=True improves rows one by one."
         )
-    found = [chain.proposals(source) for chain in chains]
-    k_hat = max(pareto_k(weight.numpy()) for _, weight in found)
+    if able:
+        found = [chain.proposals(source) for chain in chains]
+        k_hat = max(pareto_k(weight.numpy()) for _, weight in found)
     if k_hat <= USABLE_K:
         for chain, proposals in zip(chains, found, strict=True):
             chain.take(*proposals)
+    elif all(_can_be_used(c.fit) for c in chains):
+        for chain in chains:
+            chain.take_population()
     elif asked:
         raise Unsupported(
             f"the importance weights cannot be used (k-hat {k_hat:.2f}, at most {USABLE_K} can): take a "
             f'richer guide, such as guide="auto", or scivi.nuts.'
         )
+
+
+def _can_be_used(fit: Fit) -> bool:
+    """Whether the weights of the draws that a fit has kept of what rows share give a mean to .1 sd."""
+    if fit.population is None:
+        return False
+    log_weight = torch.tensor(fit.provenance["fit"]["finish"]["log_weight"]).double()
+    ess = 1 / truncated(log_weight).square().sum()
+    return pareto_k(log_weight.numpy()) <= USABLE_K and bool(ess >= FEWEST_EFFECTIVE)
 
 
 class _Chain:
@@ -316,6 +332,15 @@ class _Chain:
         """Take the draws out of proposals by their weights."""
         with self._running(1):
             self.given = chosen(values, log_weight, self.draws)
+        self.proposal_log_weight = log_weight.numpy()
+
+    def take_population(self) -> None:
+        """Take what rows share out of the weighted draws that the fit has kept."""
+        log_weight = torch.tensor(self.fit.provenance["fit"]["finish"]["log_weight"]).double()
+        assert self.fit.population is not None
+        with self._running(1):
+            theta = chosen({"theta": self.fit.population}, log_weight, self.draws)["theta"]
+            self.given = _globals(self.fit.bound, self.draws, theta)
         self.proposal_log_weight = log_weight.numpy()
 
     def proposals(self, source: Any) -> tuple[dict[str, Tensor], Tensor]:
@@ -364,7 +389,7 @@ class _Chain:
         weight = row_weight(bound, guide, model, batch, draws)
         outside = _outside(self.fit, batch)
         poor = outside.copy()
-        if self.corrected or self.kept:
+        if (self.corrected and self.together) or self.kept:
             weight = None
         if weight is not None:
             poor |= _effective_share(weight) < POOR_SHARE
@@ -433,11 +458,19 @@ def _numpy(value: Tensor) -> np.ndarray:
     return value.cpu().numpy()
 
 
-def _globals(bound: Bound, draws: int) -> dict[str, Tensor]:
-    """Values of the guide's global sites, auxiliary ones too, over all draws; none if no latent is global."""
+def _globals(bound: Bound, draws: int, theta: Tensor | None = None) -> dict[str, Tensor]:
+    """Values of the guide's global sites, auxiliary ones too, over all draws; none if no latent is global.
+
+    Those at given values of the joint normal's, (draw, D), on the unbounded scale, instead of random ones.
+    """
     if all(site.row_dim is not None for site in bound.sites):
         return {}
-    with particle_plate(draws, bound.nesting):
+    fixed: dict[str, Tensor] = {}
+    if theta is not None:
+        module = marginal.global_module(bound)
+        assert module is not None
+        fixed = {module.name: theta.to(module.loc).reshape(draws, *[1] * bound.nesting, -1)}
+    with particle_plate(draws, bound.nesting), Placed(fixed, lambda name, _: fixed[name]):
         trace = poutine.trace(bound.guide).get_trace(bound.example)
     rows = bound.template.row_dims
     return {name: site["value"] for name, site in sample_sites(trace) if row_dim_of(site, rows) is None}

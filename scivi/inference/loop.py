@@ -466,8 +466,8 @@ def _finish(state: State, source: Any, plan: Plan) -> None:
     with _sampling(state):
         if n <= FEW_ROWS:
             found = polish(bound, rows, plan.nodes)
-            told: dict[str, Any] = {"method": "importance sampling", "draws": found.draws}
-            told |= {"ess": found.ess, "log_weight": list(found.log_weight)}
+            told: dict[str, Any] = {"method": "importance sampling", "draws": len(found.points)}
+            told |= {"ess": found.ess, "log_weight": list(found.log_weight), "points": found.points.tolist()}
         else:
             dims = marginal.layout(bound, bound.example).dims
             work = n * marginal.n_nodes(dims, marginal.summing_nodes(dims, plan.nodes))
@@ -510,13 +510,14 @@ def identity_of(template: Template, source: Any, plan: Plan) -> dict[str, Any]:
 
 def frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) -> Fit:
     """The finished fit of a state that has taken its last step."""
-    template = state.bound.template
+    template, finish = state.bound.template, dict(state.finish)
+    points = finish.pop("points", None)  # too many for the provenance, which every posterior carries
     ended = {
         "stopped": state.stopped,
         "steps": state.step,
         "wall_s": round(state.wall_s, 3),
         "restarts": state.restarts,
-        "finish": state.finish,
+        "finish": finish,
         "engine": state.engine,
         "processes": state.team.size,
         "estimator": prepare(state.bound, state.bound.example, plan).estimator if state.learns else None,
@@ -533,7 +534,9 @@ def frozen(state: State, source: Any, plan: Plan, identity: Mapping[str, Any]) -
     coords = {d: plain_labels(source.coords[d]) for d in source.sizes if d not in template.row_dims}
     coords |= {d: list(labels) for d, labels in template.coords.items()}
     seen, features = _seen(state, source, plan)
-    return Fit(freeze(state.bound), coords, plan, _history(state.history), provenance, seen, features)
+    population = None if points is None else torch.tensor(points).double()
+    history = _history(state.history)
+    return Fit(freeze(state.bound), coords, plan, history, provenance, seen, features, population)
 
 
 def _history(entries: list[dict[str, float]]) -> xr.Dataset:

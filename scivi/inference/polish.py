@@ -45,7 +45,7 @@ class Polished:
         covariance: (D, D), the weighted one shrunk towards the starting one as its effective size asks for.
         ess: effective size of all draws.
         log_weight: of each draw, from which ``analysis`` tells whether they can be believed.
-        draws: how many there were.
+        points: the draws, (draw, D).
         moved_sd: by how much the mean moved, in starting sd, the largest of the coordinates.
     """
 
@@ -53,7 +53,7 @@ class Polished:
     covariance: Tensor
     ess: float
     log_weight: tuple[float, ...]
-    draws: int
+    points: Tensor
     moved_sd: float
 
 
@@ -100,7 +100,7 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, 
         log_weight = density - mixture
         told = tuple(round(w, 4) for w in (log_weight - log_weight.max()).clamp_min(-100.0).tolist())
     moved = float(((mean - start[0]) / start[1].diagonal().sqrt()).abs().max())
-    return Polished(mean.to(module.loc), covariance.to(module.loc), ess, told, len(points), moved)
+    return Polished(mean.to(module.loc), covariance.to(module.loc), ess, told, points, moved)
 
 
 def _posteriors(

@@ -142,6 +142,8 @@ class Fit:
         seen: smallest and largest value of each field along the rows, by ``<field>.min`` and ``<field>.max``.
         features: a few numbers of some rows, beside which ``analysis.drift`` puts those of others; None of a
             fit that was saved before there were any.
+        population: weighted draws of what few rows share, (draw, D), on the guide's unbounded scale; their
+            log weights are in the provenance. None where the fit has not ended so.
     """
 
     bound: Bound
@@ -151,6 +153,7 @@ class Fit:
     provenance: Mapping[str, Any]
     seen: Mapping[str, Tensor]
     features: Features | None = None
+    population: Tensor | None = None
 
     @property
     def template(self) -> Template:
@@ -350,6 +353,7 @@ def save(fit: Fit, directory: str | Path) -> Path:
     tensors |= {f"index.{k}": v for k, v in example.index.items()}
     tensors |= {f"seen.{k}": v for k, v in fit.seen.items()}
     tensors |= {f"features.{k}": v for k, v in _packed(fit.features).items()}
+    tensors |= {} if fit.population is None else {"population": fit.population}
     content = to_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     name = f"tensors-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     made = fit.template.made if _is_as_made(fit.template) else None  # a part may have been replaced since
@@ -419,7 +423,8 @@ def load(directory: str | Path, template: Template | None = None) -> Fit:
         ) from None
     history = xr.load_dataset(directory / "history.nc", engine="h5netcdf")
     seen, features = _under(tensors, "seen."), _unpacked(_under(tensors, "features."), meta.get("features"))
-    return Fit(freeze(bound), meta["coords"], plan, history, meta["provenance"], seen, features)
+    population = tensors.get("population")
+    return Fit(freeze(bound), meta["coords"], plan, history, meta["provenance"], seen, features, population)
 
 
 def _packed(features: Features | None) -> dict[str, Tensor]:
