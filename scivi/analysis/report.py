@@ -35,8 +35,8 @@ def report(
       for an excellent guide (a small one is good news at any size). Then the rows' own k-hats decide: more
       than 10 % above 0.7 (more than 1 % asks for care).
     - There, for the population: the k-hat of its weighted draws, or of its normal approximation against the
-      marginal, from the finish of the fit (> 0.7; > 0.5 asks for care). Without it, or NUTS on the same rows, nothing vouches for the
-      population: care.
+      marginal, from the finish of the fit (> 0.7; > 0.5 asks for care). Without it, or NUTS on the same rows,
+      nothing vouches for the population: care.
     - A NUTS reference: differences beyond 0.5 sd, or an sd wrong by half (0.2 sd or a quarter: care).
     - Planted truth: intervals whose coverage is off by more than 10 points.
     - Draws that are not finite; a fit that diverged, or whose objective fell by more than 0.1 nats per row
