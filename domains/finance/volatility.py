@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,6 +58,7 @@ SigmaPrior = Literal["half_normal", "inverse_gamma"]
 Path = Literal["summed", "sampled"]
 
 FEWEST = 10  # returns of a series
+LEAST_SD = 0.1  # percent a day, of the middle series: one of all is rather a fraction (our choice)
 LONGEST_RUN = 15  # equal returns in a row: a density of returns has no maximum there (our choice)
 _OF_A_DAY = 2.0  # variance with which a normal return tells its log variance: one over Fisher's information
 _STALE = 0.3  # on the unbounded scale: quadratics found at most so far away serve a step of the search
@@ -293,8 +295,12 @@ def simulate(
 
 
 def bad_returns(values: Mapping[str, np.ndarray], coords: Mapping[str, np.ndarray]) -> list[str]:
-    """Faults of the returns: series that are constant, too short, or look like prices."""
-    faults = []
+    """Faults of the returns: series that are constant, too short, or look like prices.
+
+    Warns:
+        UserWarning: they scatter so little that they look like fractions.
+    """
+    faults, spread = [], []  # the sds of sound series
     for label, y in zip(coords["series"], np.asarray(values["returns"], dtype=float), strict=True):
         there = y[np.isfinite(y)]
         same = np.diff(np.flatnonzero(np.diff(y, prepend=np.nan, append=np.nan) != 0))  # lengths of runs
@@ -312,6 +318,11 @@ def bad_returns(values: Mapping[str, np.ndarray], coords: Mapping[str, np.ndarra
                 f'series "{label}" has {same.max()} equal returns in a row; '
                 f"where nothing was traded, make them NaN"
             )
+        else:
+            spread.append(there.std())
+    if spread and (middle := float(np.median(spread))) < LEAST_SD:
+        text = f"returns have an sd of {middle:.2g} percent a day: if they are fractions, multiply by 100"
+        warnings.warn(text, stacklevel=4)
     return faults
 
 

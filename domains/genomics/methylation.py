@@ -271,6 +271,9 @@ def validate(
 ) -> list[str]:
     """What is wrong with the pedigree, and where it and the columns of the data disagree."""
     columns, names = [str(s) for s in coords["sample"]], list(pedigree.samples)
+    nodes = {*pedigree.nodes}
+    if not {*columns} <= nodes and {*map(str, coords["locus"])} <= nodes:
+        return ["the rows are nodes of the pedigree and the columns are not: pass the transpose, .T"]
     faults = pedigree.faults()
     if columns != names:
         unknown, absent = sorted({*columns} - {*names}), sorted({*names} - {*columns})

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,17 @@ import numpy as np
 import xarray as xr
 
 from scivi.analysis import groups, plots
+from scivi.analysis.numerals import breakable, measured, number, words
+from scivi.analysis.pictures import picture
 from scivi.analysis.skeleton import CAPTIONS, PAGE, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN = 60  # rows of a table; our choice
+SHOWN, OF_EACH = 60, 12  # rows of a table, and of these entries of one variable; our choice
+FEW = 8  # entries of a list that are told one by one; our choice
 TONE = {"trust": "good", "trust with care": "care", "do not trust": "bad"}
+SIGN = {"good": "✓", "care": "!", "bad": "✗"}  # colour alone would not tell every reader
 
 
 def render(
@@ -40,55 +43,59 @@ def render(
         HTML that loads nothing.
     """
     made = groups.provenance(tree)
-    sections = [
-        _verdict(checks),
-        _checks(checks),
-        _population(tree, found),
-        _rows(tree, found),
-        _figures(tree, found, reference),
-        _comparison(found),
-        _predictive(found),
-        _provenance(made),
-    ]
+    sections = {
+        "Checks": _checks(checks),
+        _posterior_title(tree): _population(tree, found),
+        "Rows": _rows(tree, found),
+        "Figures": _figures(tree, found, reference),
+        "Beside NUTS": _comparison(found),
+        "Predictive checks": _predictive(found),
+        "Provenance": _provenance(made),
+    }
+    there = {title: text for title, text in sections.items() if text}
+    links = "".join(f'<a href="#{_anchor(t)}">{escape(t)}</a>' for t in there)
+    body = [f'<section id="{_anchor(t)}"><h2>{escape(t)}</h2>{text}</section>' for t, text in there.items()]
     return PAGE.substitute(
         title=escape(str(made.get("template", "Posterior"))),
         verdict=escape(str(checks.attrs["verdict"])),
         style=STYLE,
         subtitle=escape(_subtitle(tree, made)),
-        body="\n".join(s for s in sections if s),
+        body="\n".join([_verdict(checks), f'<nav aria-label="Sections">{links}</nav>', *body]),
     )
 
 
-def number(value: Any) -> str:
-    """A number as a reader wants it: four digits, thousands grouped, a dash for none."""
-    if isinstance(value, (bool, np.bool_)):
-        return "yes" if value else "no"
-    if isinstance(value, (str, np.str_)):
-        return escape(str(value))
-    value = float(value)
-    if not np.isfinite(value):
-        return "∞" if value == np.inf else "–"
-    if value == int(value) and abs(value) < 1e9:
-        return f"{int(value):,}"
-    return f"{value:.3g}" if abs(value) < 1 else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:.4g}"
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; cells that are numbers stand right."""
+class _Told(str):
+    """A cell that is HTML already: the name of a row, or a number."""
+
+    __slots__ = ()
+
+
+def _table(name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in a box of its own, which scrolls; numbers stand right, the first cell names the row."""
     body, numeric = [], [False] * len(head)
-    for row in rows:
-        cells = []
-        for j, cell in enumerate(row):
-            numeric[j] = not isinstance(cell, (str, np.str_))
-            kind = ' class="n"' if numeric[j] else ""
-            cells.append(f"<td{kind}>{number(cell)}</td>")
+    for first, *rest in rows:
+        cells = [f'<th scope="row">{first if isinstance(first, _Told) else breakable(first)}</th>']
+        for j, cell in enumerate(rest, 1):
+            told = cell if isinstance(cell, _Told) else number(cell, aligned=True)
+            plain = isinstance(cell, (str, np.str_)) and not isinstance(cell, _Told)
+            numeric[j] = numeric[j] or not plain
+            cells.append(f"<td{'' if plain else ' class=n'}>{told}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
-    top = "".join(f"<th{' class=n' * n}>{escape(h)}</th>" for h, n in zip(head, numeric, strict=True))
-    return f'<div class="scroll"><table><tr>{top}</tr>{"".join(body)}</table></div>'
+    top = "".join(
+        f'<th scope="col"{" class=n" * n}>{escape(h)}</th>' for h, n in zip(head, numeric, strict=True)
+    )
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}"><table>'
+        f"<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
 
 
 def _items(sentences: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(s)}</li>" for s in sentences) + "</ul>"
+    return "<ul>" + "".join(f"<li>{words(s)}</li>" for s in sentences) + "</ul>"
 
 
 def _subtitle(tree: xr.DataTree, made: Mapping[str, Any]) -> str:
@@ -104,36 +111,52 @@ def _subtitle(tree: xr.DataTree, made: Mapping[str, Any]) -> str:
     ]
     chains, draws = posterior.sizes["chain"], f"{posterior.sizes['draw']:,} draws"
     parts.append(f"{chains} chains × {draws}" if chains > 1 else draws)
-    parts.append(str(made.get("created", "")))
+    parts.append(str(made.get("created", "")).replace("T", " ").replace("+00:00", " UTC"))
     return " · ".join(p for p in parts if p)
 
 
 def _verdict(checks: xr.Dataset) -> str:
     word = str(checks.attrs["verdict"])
     why, advice = json.loads(checks.attrs["why"]), json.loads(checks.attrs["advice"])
-    title = f'<strong class="word">{escape(word.capitalize())}</strong>'
-    box = f'<div class="verdict {TONE[word]}">{title}{_items(why)}</div>'
-    todo = f'<div class="next"><b>What to do next</b>{_items(advice)}</div>' if advice else ""
+    tone = TONE[word]
+    sign = f'<span aria-hidden="true"><b>{SIGN[tone]}</b></span>'
+    title = f'<h2 id="verdict">{sign}{escape(word.capitalize())}</h2>'
+    box = f'<section class="verdict {tone}" aria-labelledby="verdict">{title}{_items(why)}</section>'
+    todo = f'<section class="next"><h2>What to do next</h2>{_items(advice)}</section>' if advice else ""
     return box + todo
 
 
 def _checks(checks: xr.Dataset) -> str:
-    """Every check with a mark."""
-    rows = []
+    """Every check with a mark, those that failed first."""
+    rows: list[tuple[int, str]] = []
     for i in range(checks.sizes["check"]):
         one = checks.isel(check=i)
         counts, ok = str(one["counts"].item()), bool(one["ok"])
-        style, word = ("mute", "note") if counts == "note" else ("pass", "✓ passed") if ok else (
-            ("fail", "✗ failed") if counts == "decides" else ("warn", "! care")
-        )  # fmt: skip
+        failed = (0, "fail", "✗ failed") if counts == "decides" else (1, "warn", "! care")
+        passed = (3, "mute", "· note") if counts == "note" else (2, "pass", "✓ passed")
+        rank, style, word = passed if ok or counts == "note" else failed
         name, value, limit, text = (one[k].item() for k in ("check", "value", "threshold", "sentence"))
-        rows.append(
-            f'<tr><td class="mark {style}">{word}</td><td class="name">{escape(str(name))}</td>'
-            f'<td class="n">{number(value)}</td><td class="n">{number(limit)}</td>'
-            f"<td>{escape(str(text))}</td></tr>"
+        numbers = "".join(
+            f'<td role="cell" class="n{"" if np.isfinite(v) else " none"}" data-is="{h}">{number(v)}</td>'
+            for h, v in (("value", value), ("limit", limit))
         )
-    head = '<tr><th></th><th>check</th><th class="n">value</th><th class="n">limit</th><th>meaning</th></tr>'
-    return f'<h2>Checks</h2><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+        line = (
+            f'<tr role="row"><td role="cell" class="mark {style}">{word}</td>'
+            f'<td role="cell" class="name">{escape(str(name))}</td>{numbers}'
+            f'<td role="cell" class="told">{words(str(text))}</td></tr>'
+        )
+        rows.append((rank, line))
+    lines = "".join(line for _, line in sorted(rows, key=lambda row: row[0]))
+    names = (("", "result"), ("", "check"), (" class=n", "value"), (" class=n", "limit"), ("", "meaning"))
+    head = "".join(f'<th role="columnheader" scope="col"{kind}>{name}</th>' for kind, name in names)
+    return (
+        f'<table class="checks" role="table"><thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{lines}</tbody></table>'
+    )
+
+
+def _posterior_title(tree: xr.DataTree) -> str:
+    return "Population" if groups.population_names(tree) else "Posterior"
 
 
 def _population(tree: xr.DataTree, found: Mapping[str, xr.Dataset]) -> str:
@@ -143,33 +166,37 @@ def _population(tree: xr.DataTree, found: Mapping[str, xr.Dataset]) -> str:
     joint = found.get("reliability")
     if joint is not None and joint.attrs["decisive"]:
         shift = _column(joint, "shift_sd")
-    names = [str(v) for v in summary["variable"].values]
-    rows = []
-    for i, name in enumerate(names[:SHOWN]):
-        numbers, unit = (
-            (float(summary[k][i]) for k in ("mean", "sd", "lower", "upper")),
-            summary["unit"][i].item(),
-        )
-        tail = share.get(name, np.nan), shift.get(name, np.nan)
-        rows.append((name, *numbers, "" if unit == "1" else str(unit), *tail))
-    percent = f"{summary.attrs['prob']:.0%}"
-    head = (
-        "variable",
-        "mean",
-        "sd",
-        f"{percent} from",
-        f"{percent} to",
-        "unit",
-        "contraction",
-        "corrected shift (sd)",
-    )
-    title = "Population" if groups.population_names(tree) else "Posterior"
-    more = f"<p class='soft'>The first {SHOWN} of {len(names)}.</p>" if len(names) > SHOWN else ""
-    note = (
-        "Contraction is posterior over prior spread: near 1 the data said nothing. The corrected shift is "
-        "how far the importance weights move the mean; a dash means that they cannot tell."
-    )
-    return f'<h2>{title}</h2>{_table(head, rows)}{more}<p class="soft">{note}</p>'
+        shift = shift if np.any(list(shift.values())) else {}  # draws that were weighed already
+    rows, constants, seen = [], 0, Counter[str]()
+    for i, name in enumerate(str(v) for v in summary["variable"].values):
+        mean, sd, *ends = (float(summary[k][i]) for k in ("mean", "sd", "lower", "upper"))
+        if sd <= 1e-5 * (1 + abs(mean)):  # up to rounding, as the diagonal of a correlation matrix
+            constants += 1
+            continue
+        variable = name.partition("[")[0]
+        seen[variable] += 1
+        if seen[variable] > OF_EACH or len(rows) == SHOWN:
+            continue
+        unit = str(summary["unit"][i].item())
+        unit = "" if unit in ("", "1") else f' <span class="unit">{escape(unit)}</span>'
+        tail = [("contraction", share), ("shift", shift)]
+        numbers = map(_Told, measured(mean, sd, *ends))
+        rows.append((_Told(breakable(name) + unit), *numbers, *(v.get(name, np.nan) for _, v in tail if v)))
+    percent = f"{summary.attrs['prob']:.0%}".replace("%", " %")
+    head = ["variable", "mean", "sd", f"{percent} from", f"{percent} to"]
+    notes = []
+    if share:
+        head.append("contraction")
+        notes.append("Contraction is posterior over prior spread: near 1 the data said nothing.")
+    if shift:
+        head.append("corrected shift (sd)")
+        notes.append("The corrected shift is how far the importance weights move the mean.")
+    if len(rows) < (n := seen.total()):
+        notes.append(f"{len(rows)} of {n:,} entries are shown, at most {OF_EACH} of a variable.")
+    if constants:
+        notes.append(f"{constants} entries that are constant are left out.")
+    table = _table("Summary of the posterior", head, rows)
+    return f'{table}<p class="soft">{" ".join(notes)}</p>'
 
 
 def _column(table: xr.Dataset | None, key: str) -> dict[str, float]:
@@ -185,7 +212,7 @@ def _rows(tree: xr.DataTree, found: Mapping[str, xr.Dataset]) -> str:
         return ""
     k, gap = rows["k_hat"].values.ravel(), rows["gap"].values.ravel()
     facts = [
-        (number(k.size), "rows"),
+        (number(k.size), "rows" if k.size > 1 else "row"),
         (number(int((~rows["ok"].values).sum())), f"with k-hat above {rows.attrs['threshold']}"),
         (number(int(rows["outside"].values.sum())), "outside the range of the fit"),
         (number(float(np.median(k))), "median k-hat"),
@@ -202,9 +229,12 @@ def _rows(tree: xr.DataTree, found: Mapping[str, xr.Dataset]) -> str:
     lines = []
     for name, i in zip(names, worst, strict=True):
         own = (values[i] for values in data.values())
-        lines.append((name, k[i], round(float(ess[i])), gap[i], "yes" if outside[i] else "", *own))
-    table = _table(("row", "k-hat", "effective size", "gap (nats)", "outside", *data), lines)
-    return f'<h2>Rows</h2><div class="facts">{boxes}</div><h3>The ten rows with the largest k-hat</h3>{table}'
+        where = ("yes" if outside[i] else "no",) if outside.any() else ()
+        lines.append((name, k[i], round(float(ess[i])), gap[i], *where, *own))
+    title = "The ten rows with the largest k-hat" if k.size > 10 else "Rows, the largest k-hat first"
+    head = ("row", "k-hat", "effective size", "gap (nats)", *(["outside"] if outside.any() else []), *data)
+    table = _table(title, head, lines)
+    return f'<div class="facts">{boxes}</div><h3>{title}</h3>{table}'
 
 
 def _row_data(tree: xr.DataTree, rows: xr.Dataset) -> dict[str, np.ndarray]:
@@ -222,29 +252,17 @@ def _figures(tree: xr.DataTree, found: Mapping[str, xr.Dataset], reference: xr.D
     drawn: dict[str, Figure] = {}
     if groups.population_names(tree):
         drawn["population"] = plots.plot_population(tree, reference=reference)
-    if "row_reliability" in found:
+    if "row_reliability" in found and found["row_reliability"]["k_hat"].size > 1:
         drawn["rows"] = plots.plot_row_k(tree, rows=found["row_reliability"])
-    if groups.local_names(tree):
+    if groups.local_names(tree) and groups.rows(tree) > 1:
         drawn["catalogue"] = plots.plot_catalogue(tree)
     if "predictive_check" in found and found["predictive_check"].sizes["variable"]:
         drawn["predictive"] = plots.plot_predictive(tree)
-    if "plateau" in found:
+    if "plateau" in found and groups.group(tree, "history").sizes["log"] > 1:
         drawn["history"] = plots.plot_history(tree)
     if reference is not None:
         drawn["compare"] = plots.plot_comparison(tree, reference)
-    pieces = [_image(figure, CAPTIONS[name]) for name, figure in drawn.items()]
-    return f"<h2>Figures</h2>{''.join(pieces)}" if pieces else ""
-
-
-def _image(figure: Figure, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    width = round(float(figure.get_figwidth()) * 100)
-    return (
-        f'<figure><img width="{width}" alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    return "".join(picture(figure, CAPTIONS[name]) for name, figure in drawn.items())
 
 
 def _comparison(found: Mapping[str, xr.Dataset]) -> str:
@@ -263,7 +281,8 @@ def _comparison(found: Mapping[str, xr.Dataset]) -> str:
         "Differences in NUTS sd: median, then the value that 95 % of entries stay below. A variable marked "
         "“other rows” has another posterior under NUTS by design, since that saw fewer rows."
     )
-    return f'<h2>Beside NUTS</h2>{_table((*head, "worst at", "ok"), rows)}<p class="soft">{note}</p>'
+    table = _table("SVI beside NUTS", (*head, "worst at", "ok"), rows)
+    return f'{table}<p class="soft">{note}</p>'
 
 
 def _predictive(found: Mapping[str, xr.Dataset]) -> str:
@@ -276,30 +295,34 @@ def _predictive(found: Mapping[str, xr.Dataset]) -> str:
         for i in range(min(table.sizes["variable"], SHOWN))
     ]
     head = ("statistic", "observed", "replicated, mean", "replicated, sd", "P(replicated > observed)", "ok")
-    return f"<h2>Predictive checks</h2>{_table(head, rows)}"
+    return _table("Predictive checks", head, rows)
 
 
 def _provenance(made: Mapping[str, Any]) -> str:
-    """Template, prior, data, plan, fit and versions as they were recorded."""
+    """Template, prior, data, plan, fit and versions as they were recorded; long lists in short."""
     if not made:
         return ""
     blocks = []
     plain = {k: v for k, v in made.items() if not isinstance(v, (dict, list))}
-    for title, values in (
-        ("Run", plain),
-        *((k.capitalize(), v) for k, v in made.items() if isinstance(v, dict)),
-    ):
-        rows = "".join(
-            f"<tr><td>{escape(str(k))}</td><td><code>{_value(v)}</code></td></tr>" for k, v in values.items()
-        )
-        if rows:
-            blocks.append(f"<div><h3>{escape(title)}</h3><table>{rows}</table></div>")
-    return f'<h2>Provenance</h2><div class="grid">{"".join(blocks)}</div>'
+    for title, values in (("run", plain), *((k, v) for k, v in made.items() if isinstance(v, dict))):
+        lines = "".join(f"<dt>{escape(str(k))}</dt><dd>{_value(v)}</dd>" for k, v in values.items())
+        if lines:
+            name = escape(title.replace("_", " ").capitalize())
+            long = " class=long" if len(values) > 2 * FEW else ""
+            blocks.append(f"<section{long}><h3>{name}</h3><dl>{lines}</dl></section>")
+    return f'<div class="grid">{"".join(blocks)}</div>'
 
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{escape(str(k))} {_value(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list):
-        return ", ".join(_value(v) for v in value) or "none"
+        if len(value) > FEW and all(isinstance(v, int | float) for v in value):
+            return f"{len(value):,} numbers from {number(np.nanmin(value))} to {number(np.nanmax(value))}"
+        more = f" and {len(value) - 4 * FEW:,} more" if len(value) > 4 * FEW else ""
+        return ", ".join(_value(v) for v in value[: 4 * FEW]) + more or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return escape("–" if value is None else str(value))

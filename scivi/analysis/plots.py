@@ -6,6 +6,7 @@ Drawn on `matplotlib.figure.Figure` alone: no pyplot, no window, no display need
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Paul Tol's bright scheme, distinguishable by colour-blind readers: https://personal.sron.nl/~pault/
-BLUE, RED, GREEN, YELLOW, CYAN, PURPLE, GREY = (
-    "#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB",
+BLUE, RED, GREEN, YELLOW, CYAN, PURPLE = (
+    "#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377",
 )  # fmt: skip
-INK, PALE = "#333333", "#E6E6E6"
+INK, PALE, MIDDLE = "#333333", "#E6E6E6", "#888888"  # a page shows them inverted to readers in the dark
 SHOWN_ROWS = 150  # beyond it single intervals cannot be told apart at page width; our choice
 SHOWN_PANELS = 12  # population variables drawn; our choice
 
@@ -88,7 +89,7 @@ def plot_history(tree: xr.DataTree) -> Figure:
         low, high = np.quantile(value, [0.0, 0.95])
         margin = 0.1 * (high - low) or 0.1 * (abs(high) or 1.0)
         ax.set_ylim(low - margin, high + 2 * margin)
-    ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=8, frameon=False)
     _titled(ax, "step", "negative bound (nats per row)", "Objective, lower is better")
     for colour, part in zip((BLUE, RED, GREEN, PURPLE, YELLOW, CYAN) * 4, parts, strict=False):
         one = history.isel(chain=0)
@@ -99,7 +100,7 @@ def plot_history(tree: xr.DataTree) -> Figure:
         if np.isfinite(settled).any():
             low, high = np.nanmin(settled), np.nanmax(settled)
             axes[0, 1].set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
-        axes[0, 1].legend(fontsize=7, frameon=False, ncols=1 + len(parts) // 7)
+        axes[0, 1].legend(fontsize=8, frameon=False, ncols=1 + len(parts) // 7)
         _titled(axes[0, 1], "step", "nats per row", "Parts of the bound: likelihoods, minus KL")
     return figure
 
@@ -135,7 +136,7 @@ def plot_row_k(tree: xr.DataTree, *, threshold: float = USABLE_K, rows: xr.Datas
         each.axhline(threshold, color=INK, lw=1, ls="--")
     axes[0, 1].hist(size, bins=40, orientation="horizontal", color=BLUE, alpha=0.8)
     ax.set_ylim(min(-0.2, size.min() - 0.05), max(1.0, size.max() + 0.1))
-    ax.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
+    figure.legend(loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     row = next(iter(rows["k_hat"].dims), "row")
     _titled(ax, f"{row}, in the order of the table", "Pareto k-hat of the row")
     _titled(axes[0, 1], "rows")
@@ -172,19 +173,21 @@ def plot_population(tree: xr.DataTree, *, reference: xr.DataTree | None = None) 
         margin = 0.6 * (span[1] - span[0])
         view = (span[0] - margin, span[1] + margin)
         if name in prior and prior[name].dims == posterior[name].dims:
-            _density(ax, _entry(prior[name], index), view, GREY, "prior", fill=True)
+            _density(ax, _entry(prior[name], index), view, MIDDLE, "prior", fill=True)
         _density(ax, draws, view, BLUE, "posterior", fill=True)
         if name in other:
             _density(ax, _entry(other[name], index), view, INK, "NUTS", fill=False)
         flat = int(np.ravel_multi_index(index, _shape(posterior[name]))) if index else 0
         label = groups.label(posterior[name].isel(chain=0, draw=0), flat)
+        label = "\n".join(wrap(label, 24))
         ax.set_xlim(view)
         ax.set_ylim(bottom=0)
         ax.set_yticks([])
         ax.locator_params(axis="x", nbins=4)
         unit = str(posterior[name].attrs.get("units", ""))
         _titled(ax, "" if unit == "1" else unit, "density" if ax is axes.flat[0] else "", label)
-    axes.flat[0].legend(fontsize=7, frameon=False)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
@@ -249,7 +252,7 @@ def plot_predictive(tree: xr.DataTree, *, bins: int = 30) -> Figure:
             ax.set_xlim(left=edges[0])
         _titled(ax, _name(seen, name), "number of values" if ax in axes[:, 0] else "")
     handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper left", ncols=3, fontsize=7, frameon=False)
+    figure.legend(handles, names, loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
@@ -302,7 +305,7 @@ def plot_catalogue(tree: xr.DataTree, name: str | None = None, *, prob: float = 
         ax.plot(x, mean[order], ".", color=BLUE, ms=3, label="posterior mean")
         left = _name(array, groups.label(units, j)) if j == 0 else ""
         _titled(ax, f"{row}, sorted by mean", left, groups.label(units, j) if panels > 1 else "")
-    axes[0, 0].legend(fontsize=7, frameon=False)
+    axes[0, 0].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -360,7 +363,7 @@ def plot_ranks(ranks: xr.Dataset | Mapping[str, xr.Dataset], *, prob: float = 0.
                 number += 1
         ax.axhline(0, color=INK, lw=0.8)
         _titled(ax, "rank / draws", "ECDF - uniform" if ax in axes[:, 0] else "", title)
-        ax.text(0.98, 0.02, f"{n} fits, {number} curves", transform=ax.transAxes, ha="right", fontsize=7)
+        ax.text(0.98, 0.02, f"{n} fits, {number} curves", transform=ax.transAxes, ha="right", fontsize=8)
     return figure
 
 
@@ -379,7 +382,7 @@ def plot_drift(drift: xr.Dataset) -> Figure:
         left.barh(np.flatnonzero(mask), ks[mask], color=colour, label=text)
     left.set_yticks(range(ks.size), told["variable"].values)
     left.set_ylim(ks.size - 0.5, -0.5)
-    left.legend(fontsize=7, frameon=False, loc="lower right")
+    left.legend(fontsize=8, frameon=False, loc="lower right")
     p_value = drift["row_p_value"].values
     right.hist(p_value, bins=np.linspace(0, 1, 21), color=BLUE, alpha=0.8)
     right.axhline(p_value.size / 20, color=INK, lw=1, ls="--")

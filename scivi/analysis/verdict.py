@@ -28,7 +28,6 @@ MINOR = {
     "gap",
     "mean gap of rows",
     "rows outside",
-    "population gradient",
     "effective size",
     "active units",
     "contraction",

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from scivi import shown
 from scivi.errors import PlanError, listed
 
 Estimator = Literal["auto", "trace", "analytic", "stl", "enumerate", "iwae", "marginal"]
@@ -117,6 +118,12 @@ class Plan:
         faults = [*_faults_of_numbers(self), *_faults_of_choices(self)]
         if faults:
             raise PlanError(listed("this plan cannot be used:", faults))
+
+    def __repr__(self) -> str:
+        return shown.call(self)
+
+    def _repr_html_(self) -> str:
+        return shown.box("how to fit", "Plan", shown.settings(self))
 
     def lr_at(self, step: int, decay_from: int | None = None, decay_steps: int | None = None) -> float:
         """Learning rate of a step.

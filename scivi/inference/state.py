@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from scivi import __version__
 from scivi.errors import CheckpointError, TemplateError, listed
 from scivi.files import sweep, write_atomically
+from scivi.inference import showing
 from scivi.inference.plan import Plan
 from scivi.inference.team import Team
 from scivi.inputs.batches import Batch
@@ -177,6 +178,9 @@ class Fit:
             value = f", objective {float(objective[-1]):.6g} nats per row"
         steps = f"{ended['steps']} steps, stopped by {ended['stopped']}"
         return f'Fit of "{self.template.name}" to {dict(self.sizes)}: {steps}{value}'
+
+    def _repr_html_(self) -> str:
+        return showing.page(self)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -190,7 +190,7 @@ class Tally:
     def __init__(self, name: str, field: Field, dims: tuple[str, ...] | None = None) -> None:
         self.name, self.field, self.dims = name, field, field.dims if dims is None else dims
         self.entries = self.outside = self.missing = self.above = 0
-        self.wrapped = False
+        self.wrapped = self.fractional = self.negative = False
         self.first: dict[str, str] = {}
         self.strange: list[str] = []
 
@@ -224,10 +224,14 @@ class Tally:
         outside = bad & ~missing
         self.missing += int(missing.sum())
         self.outside += int(outside.sum())
-        if self.field.is_count and outside.any():
+        if outside.any() and not self.field.labels:
             narrow = values.dtype.kind == "i" and values.dtype.itemsize <= 2
-            lowest = values[outside].min()
-            self.wrapped |= bool(lowest < 0 and (narrow or lowest == np.iinfo(np.int16).min))
+            off = values[outside]
+            lowest = off.min()
+            self.negative |= bool(lowest < 0)
+            if self.field.is_count:
+                self.fractional |= bool((off != np.floor(off)).any())
+                self.wrapped |= bool(lowest < 0 and (narrow or lowest == np.iinfo(np.int16).min))
         if missing.any():
             self._note("missing", "", tuple(np.argwhere(missing)[0]), start)
         if outside.any():
@@ -240,14 +244,23 @@ class Tally:
         at = ", ".join(f"{d}={i + s}" for d, i, s in zip(self.dims, place, start, strict=True))
         self.first.setdefault(kind, " ".join([*([what] if what else []), *([f"at {at}"] if at else [])]))
 
+    def _hint(self) -> str:
+        """What entries off the support most likely are, and what to do."""
+        if self.wrapped:
+            return " Negative 16-bit counts come from wrap-around: store the counts in a wider integer type."
+        if self.fractional:
+            return " Give counts as they were counted: not normalised, not in logs, with nothing subtracted."
+        if self.negative and self.field.role == "observed" and self.field.gaps:
+            return " If a negative number stands for what was not measured, make it NaN."
+        return ""
+
     def faults(self) -> list[str]:
         """At most one line for each kind of fault, with count and first place."""
         faults, of = [], f"of {self.entries} entries are"
         if self.outside:
             known = self.field.labels
             what = f"none of {_some(known)}" if known else f"not {self.field.expected}"
-            hint = " Negative 16-bit counts come from wrap-around: store the counts in a wider integer type."
-            hint = hint if self.wrapped else ""
+            hint = self._hint()
             if others := ", ".join(self.strange[1:]):
                 hint = f" Others are {others}."
             faults.append(

@@ -58,8 +58,9 @@ class Matching:
         """Size of every dim, from the columns and as ``given`` by the template (a number, or another dim)."""
         first = {d: (n, "the template") for d, n in given.items() if not isinstance(n, str)}
         order = list(dict.fromkeys([*(d for f in self.fields.values() for d in f.dims), *given]))
+        turned = self._turned(columns)
         for name, column in columns.items():
-            for dim, size in zip(column.dims, column.shape, strict=True):
+            for dim, size in zip(column.dims, column.shape, strict=True) if name != turned else ():
                 seen = first.setdefault(dim, (int(size), f'field "{name}"'))
                 if seen[0] != size:
                     self.unsized.add(dim)
@@ -77,6 +78,24 @@ class Matching:
                 f'nothing in the data has the dim "{d}", so its size is unknown.' for d in unknown
             ]
         return {d: first[d][0] for d in order if d in first}
+
+    def _turned(self, columns: Mapping[str, Column]) -> str | None:
+        """The field, if there is one, whose sizes are those of another with its dims, the other way round."""
+        shapes = {name: dict(zip(c.dims, c.shape, strict=True)) for name, c in columns.items()}
+        for name, own in shapes.items():
+            others = [n for n in shapes if n != name and set(shapes[n]) == set(own)]
+            if not others or any(shapes[n] != shapes[others[0]] for n in others):
+                continue
+            other, dims = shapes[others[0]], columns[name].dims
+            if own != other and sorted(own.values()) == sorted(other.values()):
+                here, there = (" x ".join(str(sizes[d]) for d in dims) for sizes in (own, other))
+                self.unsized.update(dims)
+                self.faults.append(
+                    f'field "{name}" is {here} along {_quoted(dims)}, and field "{others[0]}" is {there}: '
+                    f"one of them is transposed. Pass its .T, or DataArrays with named dims."
+                )
+                return name
+        return None
 
     def can_be_read(self, names: Sequence[str]) -> bool:
         """Whether no fault hides the entries of these fields, or the size of a dim of theirs."""
@@ -111,6 +130,8 @@ class Matching:
         guess = f"The {self.table.what} has {shown or 'no columns'}."
         if near:
             guess = f"Did you mean {' or '.join(map(_name, near))}?"
+        if not near and any(c not in self.fields for c in columns) and self.table.what != "AnnData":
+            guess += f" If one of them is it, rename it, or say --column {name}=COLUMN."
         if self.table.what == "AnnData":
             place = next((p for p in (*near, "X") if p in columns), "layers/...")
             guess += f' Say where it is: from_anndata(adata, {name}="{place}").'
@@ -149,7 +170,8 @@ class Matching:
             return f"{what} Pass arrays of that shape, or xarray DataArrays with named dims."
         if len(strange) == len(absent) and strange:
             names = ", ".join(f'"{old}": "{new}"' for old, new in zip(strange, absent, strict=True))
-            return f"{what} Rename the dimension: data.rename({{{names}}})."
+            words = " ".join(f"--dim {old}={new}" for old, new in zip(strange, absent, strict=True))
+            return f"{what} Rename the dimension: data.rename({{{names}}}), or {words}."
         over = f" Choose one entry along {_quoted(strange)}, or sum over it." if strange else ""
         return f"{what}{over or ' An observed field must have all of them.'}"
 

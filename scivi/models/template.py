@@ -12,6 +12,7 @@ from torch import nn
 
 from scivi.errors import TemplateError, listed
 from scivi.inputs.fields import Field, check_fields
+from scivi.models import showing
 
 Story = Callable[[Any, Any, Any], None]
 
@@ -110,6 +111,12 @@ class Template:
             object.__setattr__(self, "made", (maker, MappingProxyType(dict(settings))))
         if faults:
             raise TemplateError(listed(f'template "{self.name}" cannot be used:', faults))
+
+    def __repr__(self) -> str:
+        return showing.short(self)
+
+    def _repr_html_(self) -> str:
+        return showing.page(self)
 
     def _faults(self) -> list[str]:
         faults = check_fields(self.fields)
