@@ -1,7 +1,7 @@
 """The command line: arguments become the verbs of the library, and nothing else.
 
 What a verb needs is imported inside it, so that ``--help`` is quick and ``scivi report`` runs without torch.
-Longer than 400 lines because eleven signatures with their help are most of it.
+Longer than 400 lines because fourteen signatures with their help are most of it.
 """
 
 from __future__ import annotations
@@ -11,23 +11,19 @@ import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
 import typer
-import xarray as xr
 from typer.core import TyperGroup
 
-from scivi.errors import DataError, FitError, SciVIError, TemplateError
-from scivi.files import opened
+from scivi.errors import FitError, SciVIError, missing_extra
+from scivi.extras import extra_of
 from scivi.inference.plan import Plan
 from scivi.studies import commands as studies
 from scivi.studies import job as jobs
-
-if TYPE_CHECKING:
-    from scivi.models.template import Template
+from scivi.summaries import calibration, described, lines, sizes_of, tree_at
 
 ERROR, NOT_TRUSTED, STOPPED_BY_SIGNAL = 1, 3, 75  # 2 is wrong usage; 75 is "try again" in sysexits.h
 
@@ -43,6 +39,11 @@ class _Commands(TyperGroup):
         except SciVIError as error:
             typer.echo(f"scivi: {error}", err=True)
             raise typer.Exit(NOT_TRUSTED if isinstance(error, FitError) else ERROR) from None
+        except ModuleNotFoundError as error:
+            if (extra := extra_of(error.name or "")) is None:
+                raise
+            typer.echo(f"scivi: {missing_extra(str(error.name), extra)}", err=True)
+            raise typer.Exit(ERROR) from None
         except OSError as error:  # a full disk, a folder that cannot be written
             where = f' "{error.filename}"' if error.filename else ""
             typer.echo(f"scivi: {error.strerror or error}{where and ':'}{where}", err=True)
@@ -52,7 +53,6 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Fit a scientific model by amortised variational inference, and say whether to believe the fit.",
@@ -219,7 +219,7 @@ def draw(
     drawn = verbs.predict if ctx.info_name == "predict" else verbs.draw
     how: dict[str, Any] = {"seed": seed, "to": out, "refine": refine}
     tree = drawn(fits if len(fits) > 1 else fits[0], source, draws, **how)
-    _tell({"posterior": str(out), "sizes": _sizes(tree["posterior"])}, as_json, quiet)
+    _tell({"posterior": str(out), "sizes": sizes_of(tree["posterior"])}, as_json, quiet)
 
 
 @app.command(
@@ -260,7 +260,7 @@ def nuts(
     given = None if fit is None else load(_fit_folder(fit), template=what)
     how: dict[str, Any] = {"draws": draws, "warmup": warmup, "chains": chains, "seed": seed, "rows": rows}
     tree = sampled(what, source, given=given, backend=backend, **how, to=out, progress=not quiet)
-    _tell({"posterior": str(out), "sizes": _sizes(tree["posterior"])}, as_json, quiet)
+    _tell({"posterior": str(out), "sizes": sizes_of(tree["posterior"])}, as_json, quiet)
 
 
 @app.command(
@@ -280,7 +280,7 @@ def simulate(
     quiet: Quiet = False,
 ) -> None:
     """Simulate data from a template's model, with the truth."""
-    what = _template(template, prior)
+    what = jobs.template_called(template, _values(prior, "--prior"))
     sizes = _values(size, "--size")
     if wrong := [f"--size {name}={n}" for name, n in sizes.items() if not isinstance(n, int) or n < 1]:
         raise typer.BadParameter(f"{', '.join(wrong)}: a size is a whole number of at least 1.")
@@ -291,7 +291,7 @@ def simulate(
     beside = out.with_name(f"{out.stem}_truth{out.suffix}")
     save_tree(table, out)
     save_tree(truth, beside)
-    _tell({"table": str(out), "truth": str(beside), "sizes": _sizes(table)}, as_json, quiet)
+    _tell({"table": str(out), "truth": str(beside), "sizes": sizes_of(table)}, as_json, quiet)
 
 
 @app.command(epilog="\b\nExample:\n  scivi report results/field/posterior.nc --reference nuts.nc")
@@ -312,10 +312,10 @@ def report(
     """Judge a posterior: one page, one verdict, and why."""
     page = posterior.with_name("report.html") if to is None else to
     summary = jobs.judge(
-        _tree(posterior),
+        tree_at(posterior),
         page,
-        reference=None if reference is None else _tree(reference),
-        truth=None if truth is None else _tree(truth).to_dataset(),
+        reference=None if reference is None else tree_at(reference),
+        truth=None if truth is None else tree_at(truth).to_dataset(),
     )
     _tell(summary, as_json, quiet)
     _exit_unless_fit("", summary, strict)
@@ -338,7 +338,7 @@ def check(
 ) -> None:
     """Hold a template to the laws that every template obeys; exit with 1 if it breaks one."""
     if data is None:
-        what, source = _template(template, prior), None
+        what, source = jobs.template_called(template, _values(prior, "--prior")), None
     else:
         what, source = _job(template, data, prior, dim, column, select).opened()
     from scivi.laws import check as checked
@@ -386,7 +386,7 @@ def sbc(
 ) -> None:
     """Calibrate a template on data simulated from its prior; exit with 1 if ranks are not uniform."""
     what, source = _job(template, data, prior, dim, column, select, make).opened()
-    other = None if simulator is None else _template(simulator, prior)
+    other = None if simulator is None else jobs.template_called(simulator, _values(prior, "--prior"))
     how: dict[str, Any] = {"fits": fits, "new_rows": new_rows, "draws": draws, "seed": seed}
     how |= {"plan": None if plan is None else Plan.from_toml(plan), "simulator": other}
     from scivi.analysis import plot_ranks
@@ -399,14 +399,8 @@ def sbc(
     figure = out.with_suffix(".png")
     plot_ranks(ranks).savefig(figure, dpi=120)
     table = judged(ranks)
-    words, counts = (a.tolist() for a in np.unique(ranks["verdict"].values, return_counts=True))
-    columns = ("mean", "spread", "distance", "share_of_band", "ok")
-    uniform = {
-        str(v): {c: round(float(table[c].sel(variable=v)), 4) for c in columns}
-        for v in table["variable"].values
-    }
-    told = {"ranks": str(out), "figure": str(figure), "verdicts": dict(zip(words, counts, strict=True))}
-    _tell({**told, "uniform": uniform}, as_json, quiet)
+    told = {"ranks": str(out), "figure": str(figure), **calibration(ranks, table)}
+    _tell(told, as_json, quiet)
     if not bool(table["ok"].all()):
         raise typer.Exit(ERROR)
 
@@ -418,9 +412,7 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Say what is in a folder or file, and where it comes from."""
-    if not path.exists():
-        raise DataError(f'there is no "{path}".')
-    _tell(_described(path), as_json, quiet=False)
+    _tell(described(path), as_json, quiet=False)
 
 
 @app.command(epilog="\b\nExample:\n  scivi watch results")
@@ -436,22 +428,54 @@ def watch(
     watched(folder, once=once, interval=interval)
 
 
+@app.command(epilog="\b\nExample:\n  scivi doctor --json")
+def doctor(*, as_json: Json = False) -> None:
+    """Say what is installed, what this machine has, and what installs the rest."""
+    from scivi.doctor import examine
+    from scivi.doctor import lines as shown
+
+    found = examine()
+    for line in [json.dumps(found, indent=2)] if as_json else shown(found):
+        typer.echo(line)
+
+
+@app.command(epilog="\b\nExample:\n  scivi new my_model --into models")
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the module; a Python identifier.")],
+    *,
+    into: Annotated[Path, typer.Option(help="Folder; made if absent.")] = Path(),
+) -> None:
+    """Write a template to begin with, its test and a notebook."""
+    from scivi.starter import next_steps, write
+
+    for path in write(name, into):
+        typer.echo(f"wrote {path}")
+    typer.echo(next_steps(name, into))
+
+
+@app.command(epilog="\b\nExamples:\n  scivi templates\n  scivi templates my_model")
+def templates(
+    package: Annotated[str, typer.Argument(metavar="PACKAGE", help="Or module, of yours.")] = "domains",
+    *,
+    as_json: Json = False,
+) -> None:
+    """List what can be given as TEMPLATE, without loading it."""
+    from scivi.catalogue import offers
+
+    found = offers(package)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
+        return
+    width = max((len(one.reference) for one in found), default=0)
+    for one in found:
+        typer.echo(f"{one.reference:{width}}  {one.about}")
+
+
 def main() -> None:
     """Run the command line."""
     # On a shared node waiting threads must give their core up: spinning ones cost tens of times (measured).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
-
-
-def _template(reference: str, prior: Sequence[str]) -> Template:
-    """The template called ``module:name``, with numbers of its prior replaced."""
-    from scivi.inference.state import import_template, imported
-
-    found, offered = imported(reference)
-    if callable(found):
-        why = "is a function; without data a template is needed"
-        raise TemplateError(f'"{reference}" {why}. Its module has {offered}.')
-    return jobs.with_prior(import_template(reference), _values(prior, "--prior"))
 
 
 def _job(
@@ -495,39 +519,6 @@ def _exit_unless_fit(stopped: str, summary: Mapping[str, Any], strict: bool) -> 
         raise typer.Exit(NOT_TRUSTED)
 
 
-def _tree(path: Path) -> xr.DataTree:
-    if not path.exists():
-        raise DataError(f'there is no "{path}".')
-    try:
-        return opened(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f'"{path}" is no posterior that can be read: {error}') from None
-
-
-def _described(path: Path) -> dict[str, Any]:
-    if path.is_dir() and not {"zarr.json", ".zgroup"} & {p.name for p in path.iterdir()}:
-        inside = [p for p in sorted(path.iterdir()) if p.suffix in (".nc", ".zarr") or p.name == "fit"]
-        told = {p.stem: json.loads(p.read_text()) for p in sorted(path.glob("*.json"))}
-        if not inside and not told:
-            raise DataError(f'"{path}" holds neither a fit nor data.')
-        return {"folder": str(path), **told, **{p.name: _described(p) for p in inside}}
-    if path.suffix in (".nc", ".zarr"):
-        tree = _tree(path)
-        if tree.children:
-            groups = {name: _sizes(node) for name, node in tree.children.items()}
-            return {"groups": groups, "provenance": json.loads(tree.attrs.get("provenance", "{}"))}
-    from scivi.inputs.tables import as_table
-
-    table = as_table(path)
-    columns = table.columns.items()
-    shown = {n: {"dims": list(c.dims), "shape": list(c.shape), "dtype": str(c.dtype)} for n, c in columns}
-    return {"kind": table.what, "columns": shown}
-
-
-def _sizes(node: Any) -> dict[str, int]:
-    return {str(dim): int(n) for dim, n in node.sizes.items()}
-
-
 def _pairs(texts: Sequence[str], option: str) -> dict[str, str]:
     """``["a=1"]`` as a dict."""
     for text in texts:
@@ -555,25 +546,8 @@ def _tell(summary: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     elif not quiet:
-        _show(summary, 0)
-
-
-def _show(summary: Mapping[str, Any], depth: int) -> None:
-    space = "  " * depth
-    for name, entry in summary.items():
-        if isinstance(entry, Mapping) and any(isinstance(v, Mapping) for v in entry.values()):
-            typer.echo(f"{space}{name}:")
-            _show(entry, depth + 1)
-        elif isinstance(entry, Mapping):
-            typer.echo(f"{space}{name}: " + ", ".join(f"{k} {_flat(v)}" for k, v in entry.items()))
-        elif isinstance(entry, list) and depth == 0:
-            typer.echo(f"{name}:" + "".join(f"\n  - {line}" for line in entry))
-        else:
-            typer.echo(f"{space}{name}: {_flat(entry)}")
-
-
-def _flat(value: Any) -> str:
-    return f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
+        for line in lines(summary):
+            typer.echo(line)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 if TYPE_CHECKING:
     from xarray import DataTree
 
@@ -68,6 +66,8 @@ def remove(path: Path) -> None:
 @contextmanager
 def locked(path: Path, wait_s: float = 0.0) -> Iterator[bool]:
     """Whether this process alone holds a lock file, while it lasts; a process that ends lets go of it."""
+    from filelock import FileLock, Timeout
+
     lock = FileLock(path)
     try:
         lock.acquire(timeout=wait_s)

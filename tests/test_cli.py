@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from scivi.inference.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("fit", "draw", "predict", "nuts", "simulate", "report", "check", "sbc", "info", "study", "watch")
+COMMANDS += ("doctor", "new", "templates")
 
 TEMPLATES = """
 from dataclasses import dataclass
@@ -112,10 +114,20 @@ def test_every_command_has_an_example(command):
     assert f"  scivi {command} " in scivi(command, "--help").output
 
 
-def test_help_and_report_load_no_torch():
-    code = "import sys, scivi.cli; print(*{'torch', 'pyro', 'anndata', 'matplotlib'} & set(sys.modules))"
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "import scivi",
+        "from scivi.cli import app; app(['--help'], standalone_mode=False)",
+        "from scivi.cli import app; app(['study', '--help'], standalone_mode=False)",
+        "from scivi.cli import app; app(['templates'], standalone_mode=False)",
+    ],
+)
+def test_what_needs_an_answer_at_once_loads_nothing_heavy(answer):
+    heavy = {"torch", "pyro", "numpy", "xarray", "pandas", "matplotlib", "anndata"}
+    code = f"import sys; {answer}; print('loaded:', *{heavy} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == []
+    assert run.stdout.splitlines()[-1].split() == ["loaded:"]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +147,14 @@ def test_wrong_usage_is_2(arguments):
         ("my_model:nothing", '"my_model:nothing" returned NoneType; it must return a template and data'),
         ("my_model:two", "returned a tuple of PosixPath, Template"),
         ("my_model", "module:name"),
-        ("broken:template", "no_such_package_at_all"),
+        ("broken:template", 'module "broken" needs "no_such_package_at_all", which is not installed'),
+        ("my_modle:schools", 'there is no module "my_modle"; did you mean "my_model:schools"?'),
+        ("my_model:schols", "it has ['schools']; did you mean \"schools\"?"),
+        (
+            "domains.genomics.citeseeq:from_data",
+            'no module "domains.genomics.citeseeq"; did you mean "domains.genomics.citeseq:from_data"?',
+        ),
+        ("domains.astrophysics.photons:templat", 'did you mean "template"?'),
     ],
 )
 def test_a_template_that_cannot_be_found_is_1(here, template, words):
@@ -143,6 +162,47 @@ def test_a_template_that_cannot_be_found_is_1(here, template, words):
     assert words in result.stderr
     assert "Traceback" not in result.stderr
     assert not Path("out").exists()
+
+
+def test_a_missing_extra_is_named(here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nutpie", None)
+    (here / "sampled.py").write_text("import nutpie\n")
+    (here / "late.py").write_text("def from_data(data):\n    import nutpie\n")
+    for template in ("sampled:template", "late:from_data"):
+        told = scivi("fit", template, "schools.nc", "--out", "out", code=1).stderr
+        assert (
+            told == 'scivi: "nutpie" is not installed. It comes with the extra: pip install "scivi[nuts]".\n'
+        )
+
+
+def test_without_data_the_nearest_template_is_told_too(here):
+    told = scivi("check", "my_model:schols", code=1).stderr
+    assert told == (
+        'scivi: module "my_model" has no template "schols"; it has [\'schools\']; did you mean "schools"?\n'
+    )
+
+
+def test_templates_lists_what_a_package_offers(here):
+    found = json.loads(scivi("templates", "--json").stdout)
+    references = {one["reference"]: one for one in found}
+    assert references["domains.genomics.citeseq:from_data"]["takes_data"]
+    assert not references["domains.astrophysics.photons:template"]["takes_data"]
+    about = "Photon counts of a catalogue of sources, in one or more bands."
+    assert references["domains.astrophysics.photons:template"]["about"] == about
+    for reference, one in references.items():  # as the modules themselves have them
+        module, _, name = reference.partition(":")
+        value = getattr(importlib.import_module(module), name)
+        assert callable(value) == one["takes_data"], reference
+    assert scivi("templates", "my_model").stdout.split() == ["my_model:schools"]
+    assert 'there is no package "nothing"' in scivi("templates", "nothing", code=1).stderr
+
+
+def test_new_writes_a_template_and_says_what_is_next(here):
+    told = scivi("new", "bird_calls", "--into", "models").stdout
+    assert "scivi check bird_calls:template" in told
+    assert (here / "models" / "bird_calls.py").exists()
+    assert "exists already" in scivi("new", "bird_calls", "--into", "models", code=1).stderr
+    assert "must be a Python identifier" in scivi("new", "bird calls", code=1).stderr
 
 
 def test_a_function_makes_template_and_data(here, monkeypatch):

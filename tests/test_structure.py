@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "scivi.errors": 1,
     "scivi.files": 1,
+    "scivi.shown": 1,
+    "scivi.extras": 1,
+    "scivi.catalogue": 2,
+    "scivi.starter": 2,
     "scivi.watch": 2,
     "scivi.inputs": 2,
     "scivi.ode": 2,
@@ -34,6 +38,8 @@ FLOORS = {
     "domains": 4,
     "scivi.sbc": 5,
     "scivi.laws": 5,
+    "scivi.doctor": 5,
+    "scivi.summaries": 5,
     "scivi.studies": 5,
     "scivi.cli": 6,
 }

@@ -1,6 +1,6 @@
 """``scivi study``: plan many fits in one file, run them anywhere, read them together.
 
-What only some words need is imported inside them, so that ``scivi --help`` is quick.
+What a word needs is imported inside it, so that ``scivi --help`` is quick.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.table import Column, Table
 
 from scivi.files import write_atomically
-from scivi.studies import executors
-from scivi.studies.folder import ENDED, STATES, Standing, standings
-from scivi.studies.manifest import Manifest, expanded
-from scivi.studies.task import AGAIN
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from scivi.studies.folder import Standing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,6 +51,9 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; errors only.")] = False,
 ) -> None:
     """Run every fit of a study that has not ended; the same file runs on a laptop and on a cluster."""
+    from scivi.studies import executors
+    from scivi.studies.manifest import expanded
+
     sys.path.insert(0, str(study.absolute().parent))
     manifest = expanded(study)
     if dry_run:
@@ -68,6 +69,12 @@ def run(
         if not quiet:
             typer.echo(f"Submitted. scivi study watch {out}")
         return
+    from rich.console import Console
+    from rich.live import Live
+
+    from scivi.studies.folder import standings
+    from scivi.studies.task import AGAIN
+
     console = Console(stderr=True, quiet=quiet)
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
@@ -92,6 +99,8 @@ def run(
 @app.command()
 def status(folder: Folder, *, as_json: Json = False) -> None:
     """Say how every fit stands. Works without torch."""
+    from scivi.studies.folder import standings
+
     found = standings(folder)
     if as_json:
         typer.echo(json.dumps([_plain(s) for s in found], indent=1))
@@ -106,6 +115,12 @@ def watch(
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
 ) -> None:
     """Follow a study in the terminal, until all fits have ended. Works without torch."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from scivi.studies.folder import ENDED, standings
+    from scivi.studies.manifest import Manifest
+
     manifest, console = Manifest.read(folder), Console()
     if not console.is_terminal:
         _print(standings(folder, manifest))
@@ -141,6 +156,9 @@ def report(
     to: Annotated[Path | None, typer.Option("--out", help="The page; study.html in FOLDER.")] = None,
 ) -> None:
     """Say which fits can be trusted, side by side, the best held-out score first. Works without torch."""
+    from rich.console import Console
+    from rich.table import Table
+
     from scivi.studies.gather import diagnostics, page, ranked
 
     path = folder / "study.html" if to is None else to
@@ -168,6 +186,9 @@ def retry(
     jobs: Annotated[int, typer.Option(min=1, help="Processes of the local executor.")] = 1,
 ) -> None:
     """Begin again what the machine made fail, and what vanished."""
+    from scivi.studies import executors
+    from scivi.studies.manifest import Manifest
+
     manifest = Manifest.read(folder)
     executors.retry(folder, manifest, all_causes=all_causes)
     rows = executors.unfinished(folder, manifest)
@@ -179,6 +200,9 @@ def retry(
 @app.command()
 def cancel(folder: Folder) -> None:
     """Stop all fits that run or are queued; what they have is kept."""
+    from scivi.studies import executors
+    from scivi.studies.manifest import Manifest
+
     Manifest.read(folder)
     typer.echo(f"{executors.cancel(folder)} told to stop.")
 
@@ -190,6 +214,9 @@ def snakefile(
     study: Annotated[Path | None, typer.Option(help="TOML file, if FOLDER holds no study yet.")] = None,
 ) -> None:
     """Write a Snakefile that runs the study, for sites that use Snakemake."""
+    from scivi.studies import executors
+    from scivi.studies.manifest import Manifest, expanded
+
     if study is not None:
         sys.path.insert(0, str(study.absolute().parent))
         expanded(study).write(folder)
@@ -207,11 +234,17 @@ def _plain(standing: Standing) -> dict[str, Any]:
 
 
 def _print(found: list[Standing]) -> None:
+    from rich.console import Console
+
     Console().print(_table(found))
 
 
 def _table(found: list[Standing]) -> Table:
     """Counts above, fits below."""
+    from rich.table import Column, Table
+
+    from scivi.studies.folder import STATES
+
     counts = Counter(s.state for s in found)
     told = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     table = Table(Column("fit", no_wrap=True), title=told, title_justify="left")

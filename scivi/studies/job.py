@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +14,15 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xarray as xr
-
-from scivi.errors import CheckpointError, DataError, PlanError, TemplateError, listed
+from scivi.catalogue import near, neighbours, refuse_misspelt
+from scivi.errors import CheckpointError, DataError, PlanError, TemplateError, listed, missing_extra
+from scivi.extras import extra_of
 from scivi.files import locked
 from scivi.inference.plan import Plan
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from scivi.models.template import Template
 
 MOST_DRAWS, FEWEST_DRAWS = 1000, 100  # that a fit leaves of itself
@@ -66,10 +67,9 @@ class Job:
 
     def opened(self) -> tuple[Template, Any]:
         """The template, and the data checked against it."""
-        from scivi.inference.state import imported
+        template, offered = imported(self.template)
         from scivi.models.template import Template
 
-        template, offered = imported(self.template)
         data: Any = self.data
         if isinstance(template, Template) and self.make:
             raise TemplateError(f'"{self.template}" is a template and no function: there is nothing to make.')
@@ -87,7 +87,7 @@ class Job:
         except (TypeError, ValueError):  # nothing, or nothing that can be called with one argument
             module, _, name = self.template.partition(":")
             what = f'module "{module}" has no template "{name}", and no function of DATA so called'
-            raise TemplateError(f"{what}; it has {offered}.") from None
+            raise TemplateError(f"{what}; it has {offered}{_meant(self.template)}") from None
         if not self.data.exists():
             raise DataError(f'there is no "{self.data}".')
         try:
@@ -106,6 +106,54 @@ class Job:
         )
 
 
+def imported(reference: str) -> tuple[Any, str]:
+    """What ``module:name`` names, None if nothing; and in words, the templates that the module has.
+
+    Raises:
+        TemplateError: there is no such module, and the nearest is told before torch is loaded; or it needs a
+            package that is not installed.
+        Unsupported: that package comes with an extra.
+    """
+    refuse_misspelt(reference)
+    from scivi.inference import state
+
+    try:
+        return state.imported(reference)
+    except TemplateError as error:
+        absent = error.__context__  # what the import itself said
+        if not isinstance(absent, ModuleNotFoundError) or absent.name is None:
+            raise
+        if extra := extra_of(absent.name):
+            raise missing_extra(absent.name, extra) from None
+        module = reference.partition(":")[0]
+        raise TemplateError(f'module "{module}" needs "{absent.name}", which is not installed.') from None
+
+
+def template_called(reference: str, prior: Mapping[str, Any]) -> Template:
+    """The template that ``module:name`` names, with numbers of its prior replaced.
+
+    Raises:
+        TemplateError: there is none so called, or it is a function, which needs data.
+    """
+    found, offered = imported(reference)
+    from scivi.models.template import Template
+
+    if isinstance(found, Template):
+        return with_prior(found, prior)
+    if callable(found):
+        why = "is a function; without data a template is needed"
+        raise TemplateError(f'"{reference}" {why}. Its module has {offered}.')
+    module, _, name = reference.partition(":")
+    raise TemplateError(f'module "{module}" has no template "{name}"; it has {offered}{_meant(reference)}')
+
+
+def _meant(reference: str) -> str:
+    """The nearest name in the same module, if any is near, and the end of a sentence."""
+    module, _, name = reference.partition(":")
+    same = [other for other in neighbours(reference) if other.partition(":")[0] == module]
+    return near(name, (other.partition(":")[2] for other in same)) or "."
+
+
 def with_prior(template: Template, changes: Mapping[str, Any]) -> Template:
     """A template with some numbers of its prior replaced.
 
@@ -117,9 +165,8 @@ def with_prior(template: Template, changes: Mapping[str, Any]) -> Template:
     for name, given in changes.items():
         value = tuple(given) if isinstance(given, list) else given
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            guess = f'; did you mean "{near[0]}"?' if near else ""
-            faults.append(f'it has no "{name}"; it has {", ".join(known) or "no numbers"}{guess}')
+            has = ", ".join(known) or "no numbers"
+            faults.append(f'it has no "{name}"; it has {has}{near(name, known)}')
             continue
         if isinstance(known[name], float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
