@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from scivi.models.template import Template
     from scivi.sbc import calibrate
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "Field",
@@ -66,11 +66,23 @@ _MODULES = ("analysis", "errors", "models")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name in _MODULES:
         return importlib.import_module(f"scivi.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f'module "scivi" has no attribute "{name}"; it has {", ".join(__all__)}.')
+
+
+def _version() -> str:
+    """As git's tags gave it when this was installed; a source tree that never was has none."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(__name__)
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:
