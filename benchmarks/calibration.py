@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.figure import Figure
 from record import use_threads, write_json
 from scipy.stats import chisquare
 
@@ -229,7 +230,9 @@ def main() -> None:
     for key, value in figures.items():
         print(f"{key:50s} {value:10.4g}")
     if given.figure:
-        plot_ranks(shown).savefig(given.figure, dpi=120)
+        figure = Figure()
+        plot_ranks(shown, ax=figure)
+        figure.savefig(given.figure, dpi=120)
     settings = {"fits": given.fits, "seed": given.seed, "bins": BINS}
     write_json(given.json, (__doc__ or "").split("\n")[0], figures, settings)
 

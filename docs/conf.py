@@ -10,6 +10,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "
 # Pages show no progress bars, so that it does not matter that the kernel has no widgets for them.
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
+# Notebooks are pages too: copied here with the outputs they hold, their links one folder deeper.
+PAGES = Path(__file__).parent / "notebooks"
+PAGES.mkdir(exist_ok=True)
+for path in Path(ROOT, "notebooks").glob("*.ipynb"):
+    text = path.read_text("utf-8").replace("](../", "](../../")
+    copy = PAGES / path.name
+    if not copy.exists() or copy.read_text("utf-8") != text:
+        copy.write_text(text, "utf-8")
+
 project = "SciVI"
 author = "The SciVI developers"
 copyright = "The SciVI developers"
@@ -35,6 +44,7 @@ myst_heading_anchors = 3
 
 # "cache" runs the pages with code when they have changed; a page whose code fails then does not build.
 nb_execution_mode = "cache"
+nb_execution_excludepatterns = ["notebooks/*"]  # the tests run those
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 

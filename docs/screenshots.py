@@ -28,7 +28,7 @@ from PIL import Image
 from scivi.analysis import report
 
 WIDTHS = (390, 1280)  # px: a phone held upright, a laptop
-COLOURS = 64  # of the palette; more cannot be told apart here
+COLOURS = 256  # of the palette, the most that a PNG has; with fewer the pale grounds run into one another
 SHARP = 2  # pixels of the picture for one of the page, on a phone
 
 
@@ -141,7 +141,7 @@ def main() -> None:
                     page, width, dark=asked.dark, paper=asked.paper, tallest=asked.tallest or None
                 )
                 image = image.convert("RGB").quantize(
-                    COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+                    COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
                 )
                 image.save(asked.to / f"report-{file.stem}-{width}.png", optimize=True)
         browser.close()

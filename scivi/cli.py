@@ -389,6 +389,8 @@ def sbc(
     other = None if simulator is None else jobs.template_called(simulator, _values(prior, "--prior"))
     how: dict[str, Any] = {"fits": fits, "new_rows": new_rows, "draws": draws, "seed": seed}
     how |= {"plan": None if plan is None else Plan.from_toml(plan), "simulator": other}
+    from matplotlib.figure import Figure
+
     from scivi.analysis import plot_ranks
     from scivi.analysis import sbc as judged
     from scivi.inference.trees import save_tree
@@ -397,7 +399,9 @@ def sbc(
     ranks = calibrate(what, source, **how, progress=not quiet)
     save_tree(ranks, out)
     figure = out.with_suffix(".png")
-    plot_ranks(ranks).savefig(figure, dpi=120)
+    drawn = Figure()
+    plot_ranks(ranks, ax=drawn)
+    drawn.savefig(figure, dpi=120)
     table = judged(ranks)
     told = {"ranks": str(out), "figure": str(figure), **calibration(ranks, table)}
     _tell(told, as_json, quiet)

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from scivi.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
 HISTORY = "history.jsonl"
 SILENT_S, SILENT_ENTRIES = 60.0, 10.0  # no news for both, in seconds and in usual waits: silent (our choice)
@@ -44,6 +44,9 @@ def watch(folder: str | Path, once: bool = False, interval: float = 2.0) -> None
     Raises:
         DataError: there is no such folder.
     """
+    from rich.console import Console
+    from rich.live import Live
+
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f'there is no folder "{folder}".')
@@ -68,6 +71,9 @@ def look(folder: Path, followed: dict[Path, Followed]) -> Table | Text:
         folder: to look below.
         followed: what was read so far, by file; taken further.
     """
+    from rich.table import Table
+    from rich.text import Text
+
     found = sorted(histories(folder))
     if not found:
         return Text(f'There is no {HISTORY} below "{folder}": no fit has written an entry there yet.')

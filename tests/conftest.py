@@ -24,7 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Hundreds of fits run where markers are asked for, by ``-m slow -k sbc`` say, and not by default."""
+    """What runs by default, and what runs together.
+
+    Hundreds of fits run where markers are asked for, by ``-m slow -k sbc`` say. Of several processes one does
+    all of a file, whose fits are made once, and one all that needs the machine's only Slurm.
+    """
+    for item in items:
+        group = "slurm" if item.get_closest_marker("slurm") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
     if not config.getoption("markexpr"):
         for item in items:
             if item.get_closest_marker("sbc"):

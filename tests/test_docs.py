@@ -9,6 +9,8 @@ import ast
 import importlib
 import re
 import shlex
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -52,7 +54,8 @@ def test_every_page_is_in_one_table_of_contents():
     for _, word, text in FENCE.findall((ROOT / "docs/index.md").read_text(encoding="utf-8")):
         if word == "{toctree}":
             entries += [line.strip() for line in text.splitlines() if line.strip() and line[0] != ":"]
-    assert sorted(entries) == sorted(page.stem for page in PAGES if page.stem != "index")
+    notebooks = [f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")]
+    assert sorted(entries) == sorted([*notebooks, *(page.stem for page in PAGES if page.stem != "index")])
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
@@ -62,6 +65,8 @@ def test_links_lead_somewhere(path):
         if re.match(r"\w+:", target):
             continue
         name, _, anchor = target.partition("#")
+        if path in PAGES and name.startswith("notebooks/"):  # copied there when the site is built
+            name = f"../{name}"
         to = (path.parent / name).resolve() if name else path
         if not to.exists() or (anchor and to.suffix == ".md" and anchor not in anchors(to)):
             lost.append(target)
@@ -155,3 +160,16 @@ def test_the_report_page_names_every_check():
     page = (ROOT / "docs/read-the-report.md").read_text(encoding="utf-8")
     cells = {name.strip() for row in re.findall(r"^\| ([^|]+) \|", page, re.M) for name in row.split(",")}
     assert sorted(names - cells) == []
+
+
+def test_what_the_scripts_of_the_documentation_import_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    known = [*project["dependencies"], *project["optional-dependencies"]["docs"]]
+    declared = {re.split(r"[^\w-]", one)[0].lower() for one in known} | {"scivi", "domains"}
+    lacking = set()
+    for path in sorted((ROOT / "docs").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            lacking |= {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+    assert {"pillow" if name == "PIL" else name for name in lacking} - declared == set()

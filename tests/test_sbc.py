@@ -19,6 +19,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
 
 import scivi
 from scivi import sbc as driver
@@ -171,9 +172,9 @@ def test_ranks_are_drawn_with_their_band():
         {"a": (("band", "simulation"), np.random.default_rng(0).integers(0, 100, (2, 60)))},
         attrs={"draws": 99},
     )
-    figure = plot_ranks({"one": ranks, "another": ranks})
-    assert [ax.get_title(loc="left") for ax in figure.axes] == ["one", "another"]
-    assert len(figure.axes[0].get_lines()) == 3  # two curves and the line they should follow
+    axes = plot_ranks({"one": ranks, "another": ranks}, ax=Figure())
+    assert [ax.get_title(loc="left") for ax in axes] == ["one", "another"]
+    assert len(axes[0].get_lines()) == 3  # two curves and the line they should follow
 
 
 FAILING = {

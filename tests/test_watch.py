@@ -181,7 +181,7 @@ def test_in_a_terminal_it_follows_until_ctrl_c(tmp_path, monkeypatch):
         path.write_text(entry(100) + entry(12345))
 
     terminal = Console(file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr(watching, "Console", lambda: terminal)
+    monkeypatch.setattr("rich.console.Console", lambda: terminal)
     monkeypatch.setattr(time, "sleep", sleep)
     watch(tmp_path, interval=7.0)
     assert looks == [7.0, 7.0]
@@ -212,3 +212,9 @@ watch({str(tmp_path)!r})
     assert line.startswith("a ")
     assert "done: steps" in line
     assert f"{done.history.objective.values[-1]:.5g}" in line
+
+
+def test_what_draws_the_table_is_loaded_when_it_is_drawn():
+    code = "import sys, scivi.watch; print('rich' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"

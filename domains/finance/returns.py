@@ -17,6 +17,7 @@ import xarray as xr
 from scivi.errors import DataError, listed
 
 Values = pd.DataFrame | pd.Series | xr.DataArray
+NEGATIVE_SHARE = 0.2  # of the numbers, beyond which they are returns and no prices with errors (our choice)
 
 
 def from_prices(prices: Values) -> xr.Dataset:
@@ -30,11 +31,17 @@ def from_prices(prices: Values) -> xr.Dataset:
         "returns" (series, day) in percent, from the second day on.
 
     Raises:
-        DataError: days unsorted or repeated, labels of series repeated, prices that are not positive and
-            finite numbers, series without any two days in a row. One error tells all of them.
+        DataError: neither pandas nor an xarray; days along the columns, unsorted or repeated, labels of
+            series repeated, prices that are not positive and finite numbers, series without any two days in a
+            row. One error tells all of them.
     """
     frame = _frame(prices, "prices")
     values, faults = _numbers(frame)
+    share = (values < 0).to_numpy().sum() / max(1, values.notna().to_numpy().sum())
+    if share > NEGATIVE_SHARE:
+        found = f"{share:.0%} of the numbers are negative, as those of returns are"
+        told = f"{found}, and a price is positive and finite: give returns, in percent, to from_returns"
+        raise DataError(listed("these prices cannot be used:", [*faults, told]))
     faults += _told(values, (values <= 0) | (values == np.inf), "a price is positive and finite")
     change = values.where(values > 0).apply(np.log).diff().iloc[1:] * 100
     return _table(change, faults, "prices", "has no two days in a row with a price")
@@ -63,10 +70,38 @@ def _frame(values: Values, word: str) -> pd.DataFrame:
         if not {"day"} <= set(values.dims) <= {"day", "series"}:
             raise DataError(f'{word} have dims {values.dims}; they need ("day", "series"), or "day" alone.')
         values = cast(pd.DataFrame | pd.Series, values.transpose("day", ...).to_pandas())
+    if not isinstance(values, pd.DataFrame | pd.Series):
+        raise DataError(f"{word} are {type(values).__name__}; they need {_remedy(values)}.")
     frame = values.to_frame(values.name or "0") if isinstance(values, pd.Series) else values.copy()
+    if _transposed(frame):
+        raise DataError(f"{word} have their days in the columns: give .T of them, one row for each day.")
     if isinstance(frame.index, pd.DatetimeIndex) and frame.index.tz is not None:
         frame.index = frame.index.tz_localize(None)  # numpy's dates have none; the day is that of the market
     return frame
+
+
+def _remedy(values: object) -> str:
+    """What a table of some other kind is to be made into, and how."""
+    table = "a table of pandas, a row for each day and a column for each series"
+    if isinstance(values, xr.Dataset):
+        return f"one of its variables, such as data[{str(next(iter(values.data_vars), 'name'))!r}]"
+    if isinstance(values, str) or hasattr(values, "__fspath__"):
+        return f"{table}: pandas.read_csv(path, index_col=0, parse_dates=True)"
+    if hasattr(values, "to_df"):  # AnnData
+        return f"{table}: .to_df() makes one, whose rows must be days"
+    return f"{table}: pandas.DataFrame(numbers, index=days, columns=names)"
+
+
+def _transposed(frame: pd.DataFrame) -> bool:
+    """Whether the columns are dates, or text that tells dates while the rows have none."""
+    if isinstance(frame.index, pd.DatetimeIndex):
+        return False
+    if isinstance(frame.columns, pd.DatetimeIndex):
+        return True
+    if pd.api.types.is_integer_dtype(frame.index) or not len(frame.columns):
+        return False
+    told = pd.to_datetime(frame.columns.astype(str), format="ISO8601", errors="coerce")
+    return bool(told.notna().all())
 
 
 def _numbers(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -90,6 +125,9 @@ def _numbers(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         faults.append(
             f"several series are called {sorted(set(map(str, frame.columns[frame.columns.duplicated()])))}"
         )
+    for name, kind in zip(frame.columns, frame.dtypes, strict=True):
+        if pd.api.types.is_datetime64_any_dtype(kind):
+            faults.append(f'column "{name}" holds dates: set_index("{name}") makes them the days')
     values = pd.DataFrame(
         {k: pd.to_numeric(frame.iloc[:, k], errors="coerce") for k in range(frame.shape[1])}
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,8 +12,12 @@ import xarray as xr
 from domains.kinetics.kinetics import form_of
 from domains.kinetics.search import target_of
 from domains.kinetics.simulation import label, simulated
+from scivi.analysis.figures import Panels, titled
 from scivi.errors import DataError
 from scivi.models import Template
+
+if TYPE_CHECKING:
+    from scivi.analysis.figures import Where
 
 DRAWS, TIMES = 200, 200  # enough for a band whose ends are quantiles of 5 and 95 % (our choice)
 
@@ -109,26 +113,37 @@ def identifiability(template: Template, result: xr.DataTree, table: Any) -> xr.D
     return xr.Dataset(columns, {"parameter": names})
 
 
-def plot_bands(found: xr.Dataset, result: xr.DataTree, condition: str | None = None) -> Any:
-    """What is expected of each observable, with its band, and the measurements; a figure of matplotlib."""
-    import matplotlib.pyplot as plt
+def plot_bands(
+    found: xr.Dataset, result: xr.DataTree, condition: str | None = None, *, ax: Where = None
+) -> Any:
+    """What is expected of each observable, with its band, and the measurements.
 
+    Args:
+        found: of ``bands``.
+        result: of ``scivi.draw`` or ``scivi.nuts``.
+        condition: label; the first if not given.
+        ax: one of matplotlib's Axes for each observable; an empty Figure; None for a new one.
+
+    Returns:
+        The Axes, or an array of them if there are several observables.
+
+    Raises:
+        DataError: not as many axes are given.
+    """
     condition = condition or str(found["condition"].values[0])
     here = found.sel(condition=condition)
     names = [str(name) for name in found["observable"].values]
     inside = float(found["prob"][-1] - found["prob"][0])
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(3.6 * len(names), 3.0), squeeze=False, layout="constrained"
-    )
+    panels = Panels(ax, len(names), (3.6 * len(names), 3.0))
     data = result["observed_data"]["measured"].sel(condition=condition)
     time = result["constant_data"]["time"].sel(condition=condition)
-    for axis, name in zip(axes[0], names, strict=True):
+    for each, name in zip(panels.each, names, strict=True):
         curves = here["expected"].sel(observable=name).values  # (prob, time)
-        axis.fill_between(
+        each.fill_between(
             here["time"], curves[0], curves[-1], alpha=0.3, lw=0, label=f"expected, {inside:.0%}"
         )
-        axis.plot(here["time"], curves[len(curves) // 2], lw=1.2)
-        axis.plot(time, data.sel(observable=name), "o", ms=3.5, color="black", label="measured")
-        axis.set(title=name, xlabel="time")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    return figure
+        each.plot(here["time"], curves[len(curves) // 2], lw=1.2)
+        each.plot(time, data.sel(observable=name), "o", ms=3.5, color="black", label="measured")
+        titled(each, "time", title=name)
+    panels.each[0].legend(frameon=False, fontsize=8)
+    return panels.told

@@ -132,14 +132,23 @@ def label(array: xr.DataArray, flat: int) -> str:
 
 
 def labels(array: xr.DataArray, flat: Sequence[int] | None = None) -> list[str]:
-    """Names of the given entries, or of all, in C order."""
+    """Names of the given entries, or of all, in C order; days as dates: ``volatility[2015-01-12]``."""
     flat = range(array.size) if flat is None else flat
     if not array.dims:
         return [str(array.name) for _ in flat]
     coords = [array[d].values if d in array.coords else np.arange(array.sizes[d]) for d in array.dims]
     where = np.unravel_index(np.asarray(flat, int), array.shape)
-    parts = zip(*([str(c[i]) for i in at] for c, at in zip(coords, where, strict=True)), strict=True)
+    parts = zip(*([_told(c[i]) for i in at] for c, at in zip(coords, where, strict=True)), strict=True)
     return [f"{array.name}[{', '.join(p)}]" for p in parts]
+
+
+def _told(label: Any) -> str:
+    """A label as text; a time as a date if it is midnight, else to the second if it is a whole one."""
+    if isinstance(label, np.datetime64):
+        for unit in ("D", "s"):
+            if label == label.astype(f"datetime64[{unit}]"):
+                return str(np.datetime_as_string(label, unit=unit))
+    return str(label)
 
 
 def aligned(left: xr.DataArray, right: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:

@@ -54,11 +54,18 @@ def _predictive(table: xr.Dataset) -> list[Check]:
 
 
 def _pit(table: xr.Dataset) -> list[Check]:
-    bad, value = ~table["ok"].values, float(np.nanmax(table["distance"].values, initial=0.0))
+    n, distance = table["n"].values, table["distance"].values
+    few = np.isnan(distance) & ((n == 0) | (not table.attrs["one_sided"]))  # of which nothing can be told
+    bad, value = ~table["ok"].values & ~few, float(np.nanmax(distance, initial=0.0))
+    counts = [f"{name} ({k})" for name, k in zip(table["variable"].values[few], n[few], strict=True)]
+    why = f"Too few observed values to say where they lie in the posterior predictive: {', '.join(counts)}."
+    if few.all():
+        return [note("PIT", why)]
     good = "Observations lie where the posterior predictive expects them (PIT)."
     text = (
         f"Observations do not lie where the posterior predictive expects them (PIT of {listed(table, bad)})."
     )
+    good, text = (f"{told} {why}" if few.any() else told for told in (good, text))
     return [either("PIT", value, np.nan, not bad.any(), "care", good, text, SEE_MODEL)]
 
 

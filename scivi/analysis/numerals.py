@@ -54,9 +54,4 @@ def _power(value: float, digits: int) -> str:
 
 def breakable(name: str) -> str:
     """A long name with places where a narrow column may break it."""
-    return re.sub(r"([\[_:]|, )", r"\1<wbr>", words(name))
-
-
-def words(sentence: str) -> str:
-    """Escaped text, in which a day is no instant."""
-    return escape(re.sub(r"T00:00:00(\.0+)?(?![\d.])", "", sentence))
+    return re.sub(r"([\[_:]|, )", r"\1<wbr>", escape(name))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from scivi.analysis import groups, plots
-from scivi.analysis.numerals import breakable, measured, number, words
+from scivi.analysis.numerals import breakable, measured, number
 from scivi.analysis.pictures import picture
 from scivi.analysis.skeleton import CAPTIONS, PAGE, STYLE
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHOWN, OF_EACH = 60, 12  # rows of a table, and of these entries of one variable; our choice
 FEW = 8  # entries of a list that are told one by one; our choice
@@ -95,7 +92,7 @@ def _table(name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
 
 
 def _items(sentences: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{words(s)}</li>" for s in sentences) + "</ul>"
+    return "<ul>" + "".join(f"<li>{escape(s)}</li>" for s in sentences) + "</ul>"
 
 
 def _subtitle(tree: xr.DataTree, made: Mapping[str, Any]) -> str:
@@ -143,7 +140,7 @@ def _checks(checks: xr.Dataset) -> str:
         line = (
             f'<tr role="row"><td role="cell" class="mark {style}">{word}</td>'
             f'<td role="cell" class="name">{escape(str(name))}</td>{numbers}'
-            f'<td role="cell" class="told">{words(str(text))}</td></tr>'
+            f'<td role="cell" class="told">{escape(str(text))}</td></tr>'
         )
         rows.append((rank, line))
     lines = "".join(line for _, line in sorted(rows, key=lambda row: row[0]))
@@ -249,19 +246,21 @@ def _row_data(tree: xr.DataTree, rows: xr.Dataset) -> dict[str, np.ndarray]:
 
 def _figures(tree: xr.DataTree, found: Mapping[str, xr.Dataset], reference: xr.DataTree | None) -> str:
     """The figures for which the tree has the groups, each with one sentence."""
-    drawn: dict[str, Figure] = {}
+    from matplotlib.figure import Figure  # of which pyplot does not know: no window opens, none stays open
+
+    drawn: dict[str, Figure] = defaultdict(Figure)
     if groups.population_names(tree):
-        drawn["population"] = plots.plot_population(tree, reference=reference)
+        plots.plot_population(tree, reference=reference, ax=drawn["population"])
     if "row_reliability" in found and found["row_reliability"]["k_hat"].size > 1:
-        drawn["rows"] = plots.plot_row_k(tree, rows=found["row_reliability"])
+        plots.plot_row_k(tree, rows=found["row_reliability"], ax=drawn["rows"])
     if groups.local_names(tree) and groups.rows(tree) > 1:
-        drawn["catalogue"] = plots.plot_catalogue(tree)
+        plots.plot_catalogue(tree, ax=drawn["catalogue"])
     if "predictive_check" in found and found["predictive_check"].sizes["variable"]:
-        drawn["predictive"] = plots.plot_predictive(tree)
+        plots.plot_predictive(tree, ax=drawn["predictive"])
     if "plateau" in found and groups.group(tree, "history").sizes["log"] > 1:
-        drawn["history"] = plots.plot_history(tree)
+        plots.plot_history(tree, ax=drawn["history"])
     if reference is not None:
-        drawn["compare"] = plots.plot_comparison(tree, reference)
+        plots.plot_comparison(tree, reference, ax=drawn["compare"])
     return "".join(picture(figure, CAPTIONS[name]) for name, figure in drawn.items())
 
 

@@ -1,7 +1,7 @@
 """The fixed text of the report's page: style, frame, captions.
 
 One page for all: a phone and a desk, light and dark, screen and paper. Tables scroll in boxes of their own,
-but for that of the checks, whose lines become cards where the page is narrow.
+but for those of the checks and of the posterior, whose lines fold where the page is narrow.
 """
 
 from string import Template
@@ -93,6 +93,12 @@ code {{ font-size:12.5px; overflow-wrap:anywhere; }}
   .checks td.told {{ width:100%; order:1; }}
   .checks td.n {{ order:2; color:var(--soft); font-size:12.5px; margin-right:1.5em; }}
   .checks td.n::before {{ content:attr(data-is) " "; }} .checks td.n.none {{ display:none; }}
+  [aria-label^=Summary] :is(table, thead, tbody) {{ display:block; }}
+  [aria-label^=Summary] tr {{ display:flex; flex-wrap:wrap; border-bottom:1px solid var(--line); }}
+  [aria-label^=Summary] :is(th, td) {{ flex:1 1 0; min-width:0; border:0; padding:2px 0 4px 4px;
+    font-size:12.5px; }}
+  [aria-label^=Summary] th.n {{ font-size:11px; font-weight:500; overflow-wrap:normal; }}
+  [aria-label^=Summary] th:first-child {{ flex:0 0 100%; position:static; box-shadow:none; padding:4px 0 0; }}
 }}
 @page {{ margin:16mm 14mm; }}
 @media print {{

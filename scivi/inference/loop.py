@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from scivi.errors import FitError, PlanError
+from scivi.errors import DataError, FitError, PlanError, listed
 from scivi.inference import marginal
 from scivi.inference.adapt import adapt
 from scivi.inference.gather import rows_at_once
@@ -43,6 +43,7 @@ from scivi.inputs.features import Features, Sample
 from scivi.inputs.feed import Feed
 from scivi.inputs.sources import open_source
 from scivi.models.binding import Bound, bind, stream_seed
+from scivi.models.guides import JointGuide
 from scivi.models.mixtures import AdaptedGuide
 from scivi.models.template import Template
 
@@ -95,6 +96,22 @@ def open_data(template: Template, data: Any) -> Any:
     )
 
 
+def open_measured(template: Template, data: Any) -> Any:
+    """``open_data``, of data to learn from.
+
+    Raises:
+        DataError: an observed field is missing everywhere, too; that is a forecast, and no fit.
+    """
+    source = open_data(template, data)
+    spans = getattr(source, "spans", {})  # a source that somebody wrote may have none
+    empty = [n for n, span in spans.items() if span.empty and template.fields[n].role == "observed"]
+    if empty:
+        faults = [f'observed field "{name}": every entry is missing (NaN)' for name in empty]
+        title = f'there is nothing to learn from for template "{template.name}"; look how these were read:'
+        raise DataError(listed(title, faults))
+    return source
+
+
 def device_of(plan: Plan) -> torch.device:
     """The device that a plan names.
 
@@ -125,8 +142,12 @@ def begin(template: Template, source: Any, plan: Plan) -> State:
         plan.resident_bytes,
         share=(ours.rank, ours.size),
     )
-    example = next(chunks(source, template.fields, template.row_dims, EXAMPLE_ROWS, device, dtype))
-    return new_state(bind(template, example, plan.seed), feed, plan, ours)
+    read = template.fields, template.row_dims
+    bound = bind(template, next(chunks(source, *read, EXAMPLE_ROWS, device, dtype)), plan.seed)
+    if isinstance(bound.nets.guide, JointGuide) and not bound.amortised:  # it can be run on all rows alone
+        whole = next(chunks(source, *read, source.sizes[template.row_dims[0]], device, dtype))
+        bound = replace(bound, example=whole)
+    return new_state(bound, feed, plan, ours)
 
 
 @contextmanager
@@ -164,7 +185,7 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
         Inside a process group of ``torch.distributed`` it is one of the processes of one fit: all of them
         call it alike, and all are told the same.
     """
-    source = open_data(template, data)
+    source = open_measured(template, data)
     state = begin(template, source, plan) if state is None else state
     if state.team.size > 1:
         taken_up = {"checkpoint": [state.step, state.feed.state()]}
@@ -378,7 +399,7 @@ def fit(
         another number of processes.
     """
     plan = plan or Plan.from_dict(template.plan)
-    source = open_data(template, data)
+    source = open_measured(template, data)
     state = begin(template, source, plan)
     identity = identity_of(template, source, plan)
     path = None if checkpoint is None else Path(checkpoint)

@@ -26,7 +26,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from scivi import __version__
-from scivi.errors import CheckpointError, TemplateError, listed
+from scivi.errors import CheckpointError, TemplateError, listed, missing_extra
+from scivi.extras import extra_of
 from scivi.files import sweep, write_atomically
 from scivi.inference import showing
 from scivi.inference.plan import Plan
@@ -272,7 +273,8 @@ def imported(reference: str) -> tuple[Any, str]:
     """What ``module:name`` names, None if nothing; and in words, the templates that the module has.
 
     Raises:
-        TemplateError: there is no such module.
+        TemplateError: there is no such module, or it needs a package that is not installed.
+        Unsupported: that package comes with an extra of scivi.
     """
     module_name, _, name = reference.partition(":")
     if not name:
@@ -282,9 +284,12 @@ def imported(reference: str) -> tuple[Any, str]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise TemplateError(
-            f'there is no module "{module_name}" ({error}); is its folder on the path?'
-        ) from None
+        absent = error.name or str(error)
+        if extra := extra_of(absent):
+            raise missing_extra(absent, extra) from None
+        if f"{module_name}.".startswith(f"{absent}."):  # itself, or a package that it should lie in
+            raise TemplateError(f'there is no module "{module_name}"; is its folder on the path?') from None
+        raise TemplateError(f'module "{module_name}" needs "{absent}", which is not installed.') from None
     offered = sorted(k for k, v in vars(module).items() if isinstance(v, Template))
     return getattr(module, name, None), str(offered or "none")
 

@@ -18,12 +18,14 @@ class Span:
         low, high: the least and the greatest entry.
         whole: whether every entry is a whole number.
         gaps: whether some entry is missing (NaN).
+        empty: whether every entry is.
     """
 
     low: float = np.inf
     high: float = -np.inf
     whole: bool = True
     gaps: bool = False
+    empty: bool = True
 
     def add(self, values: np.ndarray) -> None:
         """Take in a chunk."""
@@ -32,7 +34,9 @@ class Span:
         low, high = values.min(), values.max()  # NaN if an entry is
         if np.isnan(low):
             self.gaps, self.whole = True, False
+            self.empty = self.empty and bool(np.isnan(values).all())
             return
+        self.empty = False
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
         if self.whole and values.dtype.kind == "f":
             self.whole = bool((values == np.rint(values)).all())

@@ -18,7 +18,7 @@ import numpy as np
 import xarray as xr
 
 from scivi.analysis import skeleton
-from scivi.analysis.page import TONE
+from scivi.analysis.page import SIGN, TONE
 from scivi.errors import StudyError
 from scivi.files import put, remove
 from scivi.studies.folder import Standing, place, standings
@@ -195,7 +195,8 @@ def page(folder: Path) -> str:
         best = float(some["score"].max())
         lines = [_line(some.isel(fit=k), best, folder) for k in range(some.sizes["fit"])]
         grid = f"<table><tr>{top}</tr>{''.join(lines)}</table>"
-        body.append(f'<h2>{escape(key)}</h2><div class="scroll">{grid}</div>')
+        box = f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(key)}">{grid}</div>'
+        body.append(f"<h2>{escape(key)}</h2>{box}")
     told = ", ".join(f"{n} {state}" for state, n in counts.items())
     note = "Score: expected log density of held-out entries in nats, with its standard error, less the best."
     return skeleton.PAGE.substitute(
@@ -211,9 +212,11 @@ def _line(fit: xr.Dataset, best: float, folder: Path) -> str:
     """A fit as a line of the page's table."""
     told = {str(name): np.asarray(value).item() for name, value in fit.variables.items()}
     word = told["verdict"] or told["state"]
-    tone = {"good": "pass", "care": "warn", "bad": "fail"}.get(TONE.get(word, ""), "mute")
+    of_word = TONE.get(word, "")
+    tone = {"good": "pass", "care": "warn", "bad": "fail"}.get(of_word, "mute")
     link = f"fits/{told['fit']}/report.html"
     shown = f'<a href="{link}">{escape(word)}</a>' if (folder / link).exists() else escape(word)
+    shown = f'<span aria-hidden="true">{SIGN[of_word]}</span> {shown}' if of_word else shown
     why = told["why"] or ": ".join(filter(None, (told["cause"], told["message"])))
     cells = [
         f'<td class="mark {tone}">{shown}</td>',

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scivi.catalogue import near, neighbours, refuse_misspelt
-from scivi.errors import CheckpointError, DataError, PlanError, TemplateError, listed, missing_extra
-from scivi.extras import extra_of
+from scivi.errors import CheckpointError, DataError, PlanError, TemplateError, listed
 from scivi.files import locked
 from scivi.inference.plan import Plan
 
@@ -110,23 +109,14 @@ def imported(reference: str) -> tuple[Any, str]:
     """What ``module:name`` names, None if nothing; and in words, the templates that the module has.
 
     Raises:
-        TemplateError: there is no such module, and the nearest is told before torch is loaded; or it needs a
-            package that is not installed.
-        Unsupported: that package comes with an extra.
+        TemplateError: there is no such module, and the nearest is told before torch is loaded; or as
+            ``state.imported``.
+        Unsupported: as ``state.imported``.
     """
     refuse_misspelt(reference)
     from scivi.inference import state
 
-    try:
-        return state.imported(reference)
-    except TemplateError as error:
-        absent = error.__context__  # what the import itself said
-        if not isinstance(absent, ModuleNotFoundError) or absent.name is None:
-            raise
-        if extra := extra_of(absent.name):
-            raise missing_extra(absent.name, extra) from None
-        module = reference.partition(":")[0]
-        raise TemplateError(f'module "{module}" needs "{absent.name}", which is not installed.') from None
+    return state.imported(reference)
 
 
 def template_called(reference: str, prior: Mapping[str, Any]) -> Template:
@@ -292,6 +282,8 @@ def judge(tree: xr.DataTree, page: Path | None, figures: Path | None = None, **b
         figures: folder for them.
         **beside: reference and truth, as ``scivi.analysis.report`` takes them.
     """
+    from matplotlib.figure import Figure
+
     import scivi.analysis as analysis
     from scivi.analysis import groups
     from scivi.analysis.report import MOST_ROWS
@@ -304,8 +296,9 @@ def judge(tree: xr.DataTree, page: Path | None, figures: Path | None = None, **b
     figures.mkdir(parents=True, exist_ok=True)
     tree = groups.some_rows(tree, MOST_ROWS)
     for name in ("population", "row_k", "catalogue", "predictive", "history"):
+        figure = Figure()
         try:
-            figure = getattr(analysis, f"plot_{name}")(tree)
+            getattr(analysis, f"plot_{name}")(tree, ax=figure)
         except DataError:  # the posterior has nothing of what this one shows
             continue
         figure.savefig(figures / f"{name}.png", dpi=150)

@@ -4,6 +4,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.figure import Figure
 from scipy.spatial import KDTree
 from scipy.stats import ks_2samp, mannwhitneyu, permutation_test, rankdata
 
@@ -268,10 +269,13 @@ def test_what_was_found_can_be_written_and_drawn(tmp_path):
     new, known = pair()
     found = drift(tree(new * 2, known))
     before = dict(mpl.rcParams)
-    figure = plot_drift(found)
+    figure = Figure()
+    assert list(plot_drift(found, ax=figure)) == figure.axes
     figure.canvas.draw()
     assert dict(mpl.rcParams) == before
     assert all(ax.get_xlabel() for ax in figure.axes)
+    with pytest.raises(DataError, match="ax is 1 Axes: this drawing has 2 panels"):
+        plot_drift(found, ax=Figure().subplots())
     found.attrs["drifted"] = int(found.attrs["drifted"])  # netCDF has no word for true
     found.to_netcdf(tmp_path / "drift.nc", engine="h5netcdf")
     again = xr.load_dataset(tmp_path / "drift.nc", engine="h5netcdf")

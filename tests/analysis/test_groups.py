@@ -39,6 +39,23 @@ def test_entrywise_in_blocks_equals_whole():
     assert groups.labels(small["mean"].rename("u"))[1] == "u[10, b]"
 
 
+@pytest.mark.parametrize(
+    ("time", "told"),
+    [
+        ("2015-01-12", "v[2015-01-12]"),
+        ("2015-01-12T09:30", "v[2015-01-12T09:30:00]"),
+        ("2015-01-12T00:00:00.5", "v[2015-01-12T00:00:00.500000000]"),
+        ("NaT", "v[NaT]"),
+    ],
+)
+def test_days_are_named_by_their_date(time, told):
+    at = np.array([time, "2015-01-13"], "datetime64[ns]")
+    assert groups.labels(xr.DataArray(np.zeros(2), {"day": at}, ("day",), name="v")) == [
+        told,
+        "v[2015-01-13]",
+    ]
+
+
 def test_worst_entry_is_named():
     array = xr.DataArray(
         np.zeros((1, 2, 3)), dims=("chain", "draw", "source"), coords={"source": ["a", "b", "c"]}, name="z"

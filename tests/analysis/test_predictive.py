@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import xarray as xr
 from scipy.special import logsumexp
 from scipy.stats import norm, poisson
 
-from scivi.analysis import loo, pit, pit_values, predictive_check
+from scivi.analysis import loo, model_rules, pit, pit_values, predictive_check
 
 
 def counts_tree(rate: float = 3.0, predicted: float = 3.0, n: int = 800, draws: int = 200) -> xr.DataTree:
@@ -140,3 +142,17 @@ def test_a_small_but_certain_difference_does_not_matter():
         float(found["effect"]), 0.03 / 3**0.5, atol=0.012
     )  # two means of 40,000, sd of 60
     assert bool(found["ok"])
+
+
+def test_of_too_few_values_nothing_is_told_but_their_number():
+    """With 4 values or none the rule is a note; beside a field with enough it says which has too few."""
+    few, none = counts_tree(), counts_tree()
+    few["observed_data"]["count"].values[9:] = np.nan  # the first five are so already
+    none["observed_data"]["count"].values[:] = np.nan
+    for tree, told in ((few, r"count \(4\)"), (none, r"count \(0\)")):
+        [check] = model_rules.RULES["pit"](pit(tree))
+        assert (check.name, check.counts) == ("PIT", "note")
+        assert re.search(f"Too few observed values .*: {told}", check.sentence)
+    [check] = model_rules.RULES["pit"](xr.concat([pit(counts_tree()), pit(few)], "variable"))
+    assert (check.ok, check.counts) == (True, "care")
+    assert "Too few observed values to say where they lie" in check.sentence

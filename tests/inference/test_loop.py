@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from scivi.errors import FitError, PlanError
+from scivi.errors import DataError, FitError, PlanError
 from scivi.inference.draws import draw, predict
 from scivi.inference.loop import fit, train
 from scivi.inference.plan import Plateau
@@ -270,3 +270,13 @@ def test_a_model_of_plain_numbers_is_fitted_in_double(estimator):
     drawn = draw(done, rows(12), draws=4, seed=0)
     assert drawn["posterior"]["z"].dtype == np.float64
     assert predict(done, rows(12), draws=4, seed=0)["posterior_predictive"]["y"].dtype == np.float64
+
+
+@pytest.mark.parametrize("run", [fit, lambda *given, **_: next(train(*given))])
+def test_a_field_that_is_missing_everywhere_is_refused_to_learn_from_and_not_to_forecast(run):
+    none = {"y": np.full(12, np.nan)}
+    with pytest.raises(DataError, match=r'(?s)nothing to learn from.*field "y": every entry is missing'):
+        run(shared, none, plan(steps=2), progress=False)
+    some = {"y": np.r_[1.0, np.full(11, np.nan)]}  # in one chunk with those that are missing
+    done = fit(shared, some, plan(steps=2), progress=False)
+    assert predict(done, none, draws=4)["posterior_predictive"]["y"].shape == (1, 4, 12)

@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 
 from scivi.analysis import drift, report
-from scivi.errors import CheckpointError, DataError, TemplateError
+from scivi.errors import CheckpointError, DataError, TemplateError, Unsupported
 from scivi.files import write_atomically
 from scivi.inference.draws import draw
 from scivi.inference.loop import fit
@@ -240,6 +240,19 @@ def test_references_of_templates():
         import_template("nowhere")
     with pytest.raises(TemplateError, match=r'there is no module "no.where"'):
         import_template("no.where:template")
+
+
+def test_a_template_that_needs_what_is_not_installed_says_what_installs_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "nutpie", None)
+    (tmp_path / "sampled.py").write_text("import nutpie\n")
+    (tmp_path / "broken.py").write_text("import no_such_package_at_all\n")
+    with pytest.raises(Unsupported, match=r'"nutpie" is not installed.*scivi\[nuts\]'):
+        import_template("sampled:template")
+    with pytest.raises(
+        TemplateError, match='"broken" needs "no_such_package_at_all", which is not installed'
+    ):
+        import_template("broken:template")
 
 
 def test_saving_again_leaves_one_set_of_tensors(fitted, tmp_path):

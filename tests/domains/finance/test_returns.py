@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from anndata import AnnData
 
 from domains.finance.returns import from_prices, from_returns
 from scivi.errors import DataError
@@ -65,6 +68,42 @@ def test_one_error_tells_every_fault():
 def test_unusable_returns_are_refused(values, words):
     with pytest.raises(DataError, match=words):
         from_returns(values)
+
+
+RETURNS = 100 * np.log(PRICES[["a"]]).diff().iloc[1:]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (PRICES.T, "prices have their days in the columns: give .T of them"),
+        (PRICES.T.rename(columns=str), "prices have their days in the columns: give .T of them"),
+        (PRICES.T.reset_index(drop=True), "prices have their days in the columns: give .T of them"),
+        (
+            AnnData(PRICES.to_numpy()),
+            r"prices are AnnData; they need a table of pandas.*\.to_df\(\) makes one",
+        ),
+        (PRICES.to_numpy(), r"prices are ndarray; .*pandas\.DataFrame\(numbers, index=days"),
+        (Path("prices.csv"), r"need a table of pandas.*read_csv\(path, index_col=0, parse_dates=True\)"),
+        (xr.Dataset({"close": ("day", [1.0, 2.0])}), r"need one of its variables, such as data\['close'\]"),
+        (
+            RETURNS,
+            "40% of the numbers are negative, .*: give returns, in percent, to from_returns",
+        ),
+        (PRICES.rename_axis("date").reset_index(), r'column "date" holds dates: set_index\("date"\)'),
+    ],
+)
+def test_what_are_no_prices_is_told_with_what_to_do(values, words):
+    with pytest.raises(DataError, match=words) as raised:
+        from_prices(values)
+    assert len(str(raised.value).splitlines()) <= 2  # one fault, told once
+
+
+def test_days_without_dates_and_single_wrong_prices_are_told_as_before():
+    numbered = from_prices(PRICES.reset_index(drop=True))
+    np.testing.assert_array_equal(numbered["returns"].values, from_prices(PRICES)["returns"].values)
+    with pytest.raises(DataError, match=r'series "a" has -100.0 on 2020-01-01, 1 such in all'):
+        from_prices(PRICES.assign(a=PRICES["a"] * [-1, 1, 1, 1, 1, 1]))
 
 
 def test_what_is_handed_in_stays_as_it_was():

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
 
 import scivi
 from domains.kinetics import kinetics, predators, search, trajectories
@@ -249,6 +250,11 @@ def test_bands_and_directions():
     assert found["state"].dims == ("prob", "condition", "time", "species")
     np.testing.assert_allclose(found["state"].sel(time=0.0, species="A").values, 1.0)
     assert (found["expected"].diff("prob") >= 0).all()
+    ax = Figure().subplots()
+    assert trajectories.plot_bands(found, result, ax=ax) is ax
+    assert ax.get_title(loc="left") == "B seen"
+    with pytest.raises(DataError, match="ax is 2 Axes: this drawing has one panel"):
+        trajectories.plot_bands(found, result, ax=Figure().subplots(1, 2))
     directions = trajectories.identifiability(template, result, table)
     assert directions["ok"].values.tolist() == [False, True]
     assert abs(float(directions["loading"].sel(parameter="log10 k")[0])) > 0.99
