@@ -140,7 +140,8 @@ def importance(
     if finish and finish.get("method") == "nuts":
         return _kept(finish)
     joint, rows, result = found.get("reliability"), found.get("row_reliability"), []
-    if joint is None and rows is None:
+    new = groups.are_new(tree)
+    if joint is None and rows is None and not new:
         text = "No importance weights were stored: how far the guide is from the posterior is unknown."
         advice = "Draw again with scivi.draw."
         result.append(Check("importance weights", np.nan, np.nan, False, "care", text, advice))
@@ -156,7 +157,7 @@ def importance(
         result += _weighed(weights.population_reliability(tree))
     elif finish and finish.get("method") == "newton":
         result += _sampled(finish) if "log_weight" in finish else _newton(finish, _rows_of_fit(tree))
-    elif rows is not None and not (joint is not None and joint.attrs["decisive"]):
+    elif (rows is not None or new) and not (joint is not None and joint.attrs["decisive"]):
         result += _population(tree, found.get("compare"))
     return result
 
@@ -342,6 +343,12 @@ def _population(tree: xr.DataTree, compared: xr.Dataset | None) -> list[Check]:
     if compared is not None and same and bool(compared["comparable"].sel(variable=same).all()):
         return [note("population", "The population variables are judged by the comparison with NUTS.")]
     few = ", ".join(names[:4]) + (" and more" if len(names) > 4 else "")
+    if groups.are_new(tree):
+        text = (
+            f"These rows are not those of the fit: nothing here vouches for the population variables ({few})."
+        )
+        advice = "Draw the rows of the fit too, and read the report of these."
+        return [Check("population", np.nan, np.nan, False, "care", text, advice)]
     text = (
         f"Nothing vouches for the population variables ({few}): the ELBO alone can bias them by several sd "
     )

@@ -103,6 +103,13 @@ def some_rows(tree: xr.DataTree, most: int, *, seed: int = 0) -> xr.DataTree:
     return chosen
 
 
+def are_new(tree: xr.DataTree) -> bool:
+    """Whether the data are not those of the fit."""
+    made = provenance(tree)
+    here, there = (made.get(name, {}).get("fingerprint") for name in ("data", "fit_data"))
+    return here is not None and there is not None and here != there
+
+
 def rows(tree: xr.DataTree) -> int:
     """Number of rows of the data, 0 if the tree does not say."""
     row = row_dim(tree)

@@ -52,7 +52,9 @@ def measure(
     found = {"summary": comparison.summary(tree), "restarts": convergence.restarts(tree)}
     svi = groups.provenance(tree).get("method", "svi") == "svi"
     corrected = groups.has(tree, "sample_stats", weights.CORRECTED)
-    if svi and (corrected or groups.has(tree, "sample_stats", "lp", "log_q")):
+    # Rows that are new weigh what they share by their own likelihood, not by that of the rows it came from.
+    others = groups.are_new(tree) and bool(groups.population_names(tree))
+    if svi and (corrected or (not others and groups.has(tree, "sample_stats", "lp", "log_q"))):
         found["reliability"] = weights.reliability(whole)
     if svi and groups.has(tree, "sample_stats", "row_log_weight"):
         found["row_reliability"] = weights.row_reliability(tree)
@@ -68,7 +70,7 @@ def measure(
     if groups.local_rows(tree) or "log_likelihood" in tree.children:
         share = 1.0 if whole is tree else groups.rows(tree) / groups.rows(whole)
         found["loo"] = predictive.loo(tree, rows=found.get("row_reliability"), share=share)
-    if groups.has(tree, "features", "feature_values", "fit_values") and _are_new(tree):
+    if groups.has(tree, "features", "feature_values", "fit_values") and groups.are_new(tree):
         found["drift"] = drift(tree, alpha=DRIFT_ALPHA)
     if truth is not None:
         found["coverage"] = calibration.coverage(tree, truth)
@@ -99,13 +101,6 @@ def checks(tree: xr.DataTree, found: Mapping[str, xr.Dataset]) -> list[Check]:
         if name in found and found[name].sizes.get("variable", 0):
             result += rule(found[name])
     return result
-
-
-def _are_new(tree: xr.DataTree) -> bool:
-    """Whether the data are not those of the fit."""
-    made = groups.provenance(tree)
-    here, there = (made.get(name, {}).get("fingerprint") for name in ("data", "fit_data"))
-    return here is not None and there is not None and here != there
 
 
 def conclude(results: Sequence[Check]) -> tuple[str, list[str], list[str]]:

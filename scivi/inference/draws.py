@@ -261,11 +261,13 @@ def _correct(chains: Sequence[_Chain], source: Any, asked: bool | None) -> None:
     """Let draws be taken from more by their weights where that helps; of all chains or none."""
     if asked is False or any(c.kept for c in chains):
         return
-    able, k_hat = all(c.together and not c.summed for c in chains), math.inf
+    # What rows share follows from the data of the fit: the likelihood of other rows cannot weigh it.
+    own = all(c.fit.provenance["data"]["fingerprint"] == source.fingerprint for c in chains)
+    able, k_hat = own and all(c.together and not c.summed for c in chains), math.inf
     if asked and not able:
         raise Unsupported(
-            "these draws cannot be corrected as a whole: the guide has a factor for each row, or leaves out "
-            "discrete latents. refine=True improves rows one by one."
+            "these draws cannot be corrected as a whole: the data are not those of the fit, or the guide has "
+            "a factor for each row, or leaves out discrete latents. refine=True improves rows one by one."
         )
     if able:
         found = [chain.proposals(source) for chain in chains]

@@ -236,6 +236,20 @@ def test_weights_that_cannot_be_used_correct_nothing():
         scivi.draw(fit, data, 500, correct=True)
 
 
+def test_other_rows_correct_nothing():
+    """What rows share is drawn from the posterior of the fit's rows, also beside a table of others."""
+    data = table()
+    fit = replace(wrong_normal(data, 0.3, 1.3), population=None)
+    other = {name: (v[0], v[1][:9]) if isinstance(v, tuple) else v[:9] for name, v in data.items()}
+    drawn, own = (scivi.draw(fit, other, 500, correct=how) for how in (None, False))
+    np.testing.assert_array_equal(drawn["posterior"]["b"], own["posterior"]["b"])
+    checks = report(drawn)["check"].values
+    assert "k-hat" not in checks
+    assert "population k-hat" in checks  # of the weights with which the fit has ended
+    with pytest.raises(Unsupported, match="not those of the fit"):
+        scivi.draw(fit, other, 500, correct=True)
+
+
 def test_a_guide_of_rows_is_not_corrected_as_a_whole():
     def model(batch, prior, nets):
         with batch.plate("row"):

@@ -6,6 +6,7 @@ logarithm has a long lower tail, which no normal has. The guide of a row is its 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from scipy.stats import halfnorm, norm
 from torch import nn
 from torch.distributions import constraints
 
-from scivi.analysis import report
+from scivi.analysis import reliability, report
 from scivi.errors import Unsupported
 from scivi.inference.draws import draw
 from scivi.inference.loop import fit
@@ -107,6 +108,18 @@ def test_new_rows_follow_what_the_rows_of_the_fit_have_told(fitted):
     new = {"y": np.array([0.0, 3.0])}
     there, here = (draw(fitted, data, 500, seed=3)["posterior"]["tau"].values for data in ({"y": Y}, new))
     np.testing.assert_array_equal(there, here)
+
+
+def test_new_rows_do_not_weigh_what_rows_share(fitted):
+    """Their likelihood knows nothing of the rows that it was learnt from: it corrects and condemns nothing."""
+    new, own = {"y": np.full(10, 9.0)}, replace(fitted, population=None)
+    tree = draw(own, new, 500, seed=3)
+    found = report(tree)
+    assert "proposal_log_weight" not in tree["sample_stats"]
+    assert not {"k-hat", "gap", "joint k-hat"} & set(found["check"].values)
+    assert "population k-hat" in found["check"].values
+    joint = reliability(tree)
+    assert float(joint["k_hat"].item()) > 0.7  # which the report would have to call "do not trust"
 
 
 def test_a_saved_fit_draws_the_same_and_a_resumed_one_too(fitted, tmp_path):
