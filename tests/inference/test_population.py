@@ -111,7 +111,7 @@ def test_new_rows_follow_what_the_rows_of_the_fit_have_told(fitted):
 
 
 def test_new_rows_do_not_weigh_what_rows_share(fitted):
-    """Their likelihood knows nothing of the rows that it was learnt from: it corrects and condemns nothing."""
+    """Their likelihood knows nothing of the rows of the fit: it corrects and condemns nothing."""
     new, own = {"y": np.full(10, 9.0)}, replace(fitted, population=None)
     tree = draw(own, new, 500, seed=3)
     found = report(tree)
