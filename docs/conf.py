@@ -14,7 +14,7 @@ os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 PAGES = Path(__file__).parent / "notebooks"
 PAGES.mkdir(exist_ok=True)
 for path in Path(ROOT, "notebooks").glob("*.ipynb"):
-    text = path.read_text("utf-8").replace("](../", "](../../")
+    text = path.read_text("utf-8").replace("](../data/", "](path:../../data/").replace("](../", "](../../")
     copy = PAGES / path.name
     if not copy.exists() or copy.read_text("utf-8") != text:
         copy.write_text(text, "utf-8")
