@@ -89,6 +89,11 @@ def local_rows(tree: xr.DataTree) -> int:
     return int(np.prod([weight.sizes[d] for d in site_dims(weight)]))
 
 
+def have_latents(tree: xr.DataTree) -> bool:
+    """Whether rows have latents of their own, also where draws carry no weights of rows."""
+    return bool(provenance(tree).get("local")) or local_rows(tree) > 0
+
+
 def some_rows(tree: xr.DataTree, most: int, *, seed: int = 0) -> xr.DataTree:
     """A tree with so many of its rows, chosen at random; the tree itself if it has no more."""
     row, n = row_dim(tree), rows(tree)

@@ -54,7 +54,7 @@ def pit(tree: xr.DataTree, *, prob: float = 0.99, tolerance: float = EFFECT, see
     """
     from scipy.stats import binom
 
-    local, names, records = groups.local_rows(tree) > 0, [], []
+    local, names, records = groups.have_latents(tree), [], []
     for name, array in pit_values(tree, seed=seed).data_vars.items():
         values = array.values.ravel()
         values = values[np.isfinite(values)]

@@ -154,6 +154,7 @@ def draw(
         provenance = {**fits[0].provenance, "method": "svi", "draws": draws, "draw_seed": seed}
         provenance["data"] = {"fingerprint": source.fingerprint, "sizes": dict(source.sizes)}
         provenance["fit_data"] = fits[0].provenance["data"]
+        provenance["local"] = [site.name for site in fits[0].bound.local]
         return pieces.tree(whole, provenance)
 
 

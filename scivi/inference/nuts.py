@@ -386,6 +386,7 @@ def _provenance(
         "template": template.name,
         "prior": template.prior_numbers(),
         "weights": dict(bound.weights),
+        "local": [site.name for site in bound.local],
         "data": {
             "fingerprint": whole.fingerprint,
             "sizes": dict(source.sizes),
