@@ -1,18 +1,21 @@
-"""Posteriors of sources as a table for other programs: FITS, ECSV, VOTable."""
+"""Posteriors of sources: as a table for other programs (FITS, ECSV, VOTable), and as spectra."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
 from scivi.analysis import row_reliability
+from scivi.analysis.figures import Panels
 from scivi.errors import DataError, missing_extra
 
 if TYPE_CHECKING:
     from astropy.table import Table
+
+    from scivi.analysis.figures import Where
 
 PROB = 0.68  # of the intervals, as catalogues have them
 
@@ -57,3 +60,35 @@ def catalogue(result: xr.DataTree, *, prob: float = PROB) -> Table:
     table.meta = {"verdict": result.attrs.get("verdict", "not judged"), "prob": prob}
     table.meta |= {"model": made.get("template", ""), "comments": json.loads(result.attrs.get("why", "[]"))}
     return table
+
+
+def plot_spectra(result: xr.DataTree, *, ax: Where = None) -> Any:
+    """Median fluxes of all sources by band, over the population: its median, and two thirds of the sources.
+
+    Args:
+        result: of ``scivi.draw`` with a template of `photons`.
+        ax: one of matplotlib's Axes; a new figure's if None.
+
+    Returns:
+        The Axes; x is ln(keV) where the bands have edges.
+    """
+    posterior = result["posterior"].to_dataset()
+    given = result["constant_data"].to_dataset() if "constant_data" in result.children else xr.Dataset()
+    edged = {"e_min", "e_max"} <= set(given) and bool(np.isfinite(given["e_min"]).all())
+    bands = posterior["band"].values
+    at = np.sqrt(given["e_min"].values * given["e_max"].values) if edged else np.arange(bands.size)
+    log_flux = posterior["log_brightness"].median(("chain", "draw")).transpose("band", "source")
+    flux = np.exp(log_flux.values)
+    mu, sigma = (posterior[name].mean(("chain", "draw")).values for name in ("mu", "sigma"))
+    panel = Panels(ax, 1, (5.2, 3.4)).told
+    panel.plot(at, flux, "-", lw=0.4, color="#888888", alpha=0.5, zorder=1)
+    panel.fill_between(at, np.exp(mu - sigma), np.exp(mu + sigma), color="#4477AA", alpha=0.3, lw=0, zorder=2)
+    panel.plot(at, np.exp(mu), "o-", color="#4477AA", zorder=3, label="population, 68 % of sources")
+    panel.plot([], [], lw=0.8, color="#888888", label="sources, median")
+    panel.set(yscale="log", ylabel="flux", xlabel="band, at its energy" if edged else "band")
+    if edged:
+        panel.set_xscale("log")
+    panel.set_xticks(at, [str(band) for band in bands])
+    panel.minorticks_off()
+    panel.legend(frameon=False, fontsize=8)
+    return panel

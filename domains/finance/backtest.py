@@ -11,7 +11,7 @@ This module stands above the templates: it calls ``scivi.fit`` and ``scivi.draw`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,11 +22,15 @@ from tqdm.auto import tqdm
 from domains.finance import forecasts, scores, volatility
 from domains.finance.forecasts import LEVELS, Filter
 from domains.finance.returns import from_prices, from_returns
+from scivi.analysis.figures import Panels
 from scivi.errors import DataError, SciVIError
 from scivi.inference.draws import draw
 from scivi.inference.loop import fit
 from scivi.inference.plan import Plan
 from scivi.models.template import Template
+
+if TYPE_CHECKING:
+    from scivi.analysis.figures import Where
 
 Posterior = Callable[[xr.Dataset], xr.DataTree]
 
@@ -166,6 +170,38 @@ def summary(found: xr.Dataset) -> xr.Dataset:
         parts.append(xr.Dataset(numbers | {key: ("level", values) for key, values in tests.items()}))
     coords = {"level": found["level"].values, "tenth": np.arange(1, 11)}
     return xr.concat(parts, pd.Index(found["series"].values, name="series")).assign_coords(coords)
+
+
+def plot_backtest(found: xr.Dataset, series: str, *, ax: Where = None) -> Any:
+    """Returns and the value at risk foretold for each day; days that undercut the lowest are crossed.
+
+    Args:
+        found: of ``backtest``.
+        series: which.
+        ax: one of matplotlib's Axes; a new figure's if None.
+
+    Returns:
+        The Axes.
+    """
+    panel = Panels(ax, 1, (8.4, 3.0)).told
+    one = found.sel(series=series)
+    day, value = one["day"].values, one["returns"].values
+    panel.plot(day, value, ".", ms=3, color="#888888", label="return")
+    for level, colour in zip(one["level"].values, ("#EE6677", "#4477AA", "#228833", "#CCBB44"), strict=False):
+        panel.plot(
+            day,
+            one["value_at_risk"].sel(level=level),
+            lw=1,
+            color=colour,
+            label=f"value at risk, {level:.0%}",
+        )
+    lowest = value < one["value_at_risk"].sel(level=one["level"].min()).values
+    panel.plot(
+        day[lowest], value[lowest], "x", ms=5, color="#333333", label=f"undercut ({lowest.sum()} days)"
+    )
+    panel.set(title=series, ylabel="percent")
+    panel.legend(frameon=False, ncols=4, fontsize=8)
+    return panel
 
 
 def flat(told: xr.Dataset) -> pd.DataFrame:

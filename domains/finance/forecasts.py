@@ -47,6 +47,7 @@ from torch import Tensor
 from domains.finance import shocks
 from domains.finance.likelihood import Story
 from scivi.analysis import groups, pareto
+from scivi.analysis.figures import Panels
 from scivi.errors import DataError
 
 if TYPE_CHECKING:
@@ -347,22 +348,19 @@ def fan_chart(
         past: returns (series, day) up to the forecast, shown cumulated to 0 at its beginning.
         ax: matplotlib's; a new figure's if None.
     """
-    if ax is None:
-        from matplotlib.figure import Figure
-
-        ax = Figure(figsize=(7.0, 3.5), layout="constrained").subplots()
+    panel = Panels(ax, 1, (7.0, 3.5)).told
     total = found["returns"].sel(series=series).cumsum("horizon")
     day = found["day"].values
     if past is not None:
         y = past.sel(series=series).fillna(0.0)
-        ax.plot(y["day"].values, (y.cumsum("day") - y.sum("day")).values, color="#333333", lw=1)
+        panel.plot(y["day"].values, (y.cumsum("day") - y.sum("day")).values, color="#333333", lw=1)
     for share, shade in zip(reversed(_BANDS), ("#D6E3F0", "#A9C4E0", "#7FA6CF"), strict=True):
         low, high = total.quantile([0.5 - share / 2, 0.5 + share / 2], "path").values
-        ax.fill_between(day, low, high, color=shade, lw=0, label=f"{share:.0%}")
-    ax.plot(day, total.median("path").values, color="#4477AA", label="median")
-    ax.set(title=series, ylabel="cumulated return (percent)")
-    ax.legend(frameon=False)
-    return ax
+        panel.fill_between(day, low, high, color=shade, lw=0, label=f"{share:.0%}")
+    panel.plot(day, total.median("path").values, color="#4477AA", label="median")
+    panel.set(title=series, ylabel="cumulated return (percent)")
+    panel.legend(frameon=False)
+    return panel
 
 
 def _step(story: Story, h: Tensor) -> Tensor:

@@ -6,14 +6,18 @@ All three compare a statistic of the reads with the same statistic of reads that
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
 from domains.genomics import alphabeta
 from domains.genomics.methylation import form_of, pedigree_of
+from scivi.analysis.figures import Panels
 from scivi.models import Template
+
+if TYPE_CHECKING:
+    from scivi.analysis.figures import Where
 
 
 def _called(result: xr.DataTree, template: Template, methylated: np.ndarray) -> np.ndarray:
@@ -116,6 +120,31 @@ def plot_divergence(table: xr.Dataset, ax: Any = None) -> Any:
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False)
     return ax
+
+
+def plot_rates(result: xr.DataTree, *, ax: Where = None) -> Any:
+    """Mean rates of gain and of loss over the loci of each context, with 90 % intervals, beside their prior.
+
+    Args:
+        result: from ``draw``, with group prior.
+        ax: two of matplotlib's Axes; those of a new figure if None.
+
+    Returns:
+        An array of both Axes.
+    """
+    panels = Panels(ax, 2, (7.0, 3.0))
+    contexts = result["posterior"].to_dataset()["context"].values
+    for panel, name in zip(panels.each, ("gain_rate_mean", "loss_rate_mean"), strict=True):
+        for group, shift, colour in (("prior", -0.12, "#888888"), ("posterior", 0.12, "#4477AA")):
+            found = result[group].to_dataset()[name].quantile([0.05, 0.5, 0.95], ("chain", "draw")).values
+            at = np.arange(contexts.size) + shift
+            panel.vlines(at, found[0], found[2], color=colour)
+            panel.plot(at, found[1], "o", ms=4, color=colour, label=group)
+        panel.set(yscale="log", title=name.replace("_", " "), xlim=(-0.5, contexts.size - 0.5))
+        panel.set_xticks(np.arange(contexts.size), [str(context) for context in contexts])
+    panels.each[0].set_ylabel("1 / generation and copy")
+    panels.each[0].legend(frameon=False, fontsize=8)
+    return panels.told
 
 
 def misfits(result: xr.DataTree, template: Template, *, draws: int = 100) -> xr.Dataset:

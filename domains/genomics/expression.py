@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,7 +11,11 @@ import xarray as xr
 
 from domains.genomics.citeseq import form_of
 from domains.genomics.panels import Form
+from scivi.analysis.figures import Panels
 from scivi.errors import DataError
+
+if TYPE_CHECKING:
+    from scivi.analysis.figures import Where
 
 _PAIRS_AT_ONCE = 256  # pairs of cells whose genes are held at once (our choice: a few tens of MB)
 _LEAST_FRACTION = 1e-5  # added to a gene's share before logs (our choice: a tenth of a count in ten thousand)
@@ -207,6 +211,36 @@ def transfer(
     return xr.Dataset(
         {"label": ("cell", names[votes.argmax(-1)]), "share": ("cell", votes.max(-1))}, {"cell": cells}
     )
+
+
+def plot_foreground(result: xr.DataTree, proteins: Sequence[str], *, ax: Where = None) -> Any:
+    """Counts of proteins over cells, each cell's split by the chance that its protein is foreground.
+
+    Args:
+        result: from ``draw`` or ``predict``.
+        proteins: names; a panel for each.
+        ax: so many of matplotlib's Axes; those of a new figure if None.
+
+    Returns:
+        The Axes, or an array of them; x is log10(1 + count).
+    """
+    present = result["posterior"].to_dataset()["foreground"].mean(("chain", "draw"))
+    counts = result["observed_data"].to_dataset()["adt"]
+    known = [str(name) for name in present["protein"].values]
+    if absent := sorted({*proteins} - {*known}):
+        raise DataError(f"the result has no protein {', '.join(absent)}; it has {', '.join(known)}.")
+    panels = Panels(ax, len(proteins), (2.8 * len(proteins), 2.6))
+    for panel, name in zip(panels.each, proteins, strict=True):
+        y = counts.isel(protein=known.index(name)).values
+        seen, chance = np.isfinite(y), present.isel(protein=known.index(name)).values
+        x, p = np.log10(1 + y[seen]), chance[seen]
+        kinds = {"background": ("#888888", 1 - p), "foreground": ("#4477AA", p)}
+        colours, weights = zip(*kinds.values(), strict=True)
+        panel.hist([x, x], 40, weights=weights, stacked=True, color=colours, label=list(kinds))
+        panel.set(title=name, xlabel="log10(1 + count)")
+    panels.each[0].set_ylabel("cells")
+    panels.each[0].legend(frameon=False, fontsize=8)
+    return panels.told
 
 
 def annotated(adata: Any, result: xr.DataTree) -> Any:
