@@ -108,8 +108,8 @@ def test_python_on_a_page_runs(name, monkeypatch):
     def many(template: scivi.Template, data: Any, over: str, **how: Any) -> Any:
         return fit_many(template, data, over, brief(None, template), progress=False, **how)
 
-    def few(fit: scivi.Fit, data: Any, draws: int = DRAWS) -> xr.DataTree:
-        return draw(fit, data, min(draws, DRAWS))
+    def few(fit: scivi.Fit, data: Any, draws: int = DRAWS, **how: Any) -> xr.DataTree:
+        return draw(fit, data, min(draws, DRAWS), **how)
 
     from domains.kinetics import kinetics, populations
 
