@@ -67,22 +67,12 @@ _MODULES = ("analysis", "errors", "models")
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version()
+        return importlib.import_module("scivi.version").version()
     if name in _MODULES:
         return importlib.import_module(f"scivi.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f'module "scivi" has no attribute "{name}"; it has {", ".join(__all__)}.')
-
-
-def _version() -> str:
-    """As git's tags gave it when this was installed; a source tree that never was has none."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(__name__)
-    except metadata.PackageNotFoundError:
-        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from scivi import __version__
 from scivi.extras import command, installed, required
+from scivi.version import version
 
 SHOWN = ("torch", "pyro-ppl", "numpy", "xarray", "arviz-base", "arviz-stats", "arviz-plots")
 
@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
         (packages with versions, those that are missing, and the command that installs them). JSON holds it.
     """
     found = required()
-    versions = {"python": platform.python_version(), "scivi": __version__}
+    versions = {"python": platform.python_version(), "scivi": version()}
     return {
         "versions": {**versions, **{name: installed(name) for name in SHOWN}},
         "missing": [name for name in found.get("", []) if installed(name) is None],

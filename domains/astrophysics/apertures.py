@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from scivi.inputs.fields import Field
-from scivi.models import Batch, guides
+from scivi.models import Batch, guides, normals
 from scivi.models.distributions import PoissonOverBackground
 from scivi.models.networks import perceptron
 
@@ -294,7 +294,7 @@ def by_precision(batch: Batch, pop: Population, c: Counts, background: Backgroun
         return torch.cat([gu, d.gv], -1), torch.cat([top, bottom], -2)
 
     start = torch.cat(torch.broadcast_tensors(u, v), -1)
-    mode, tril = guides.laplace(derivatives, start, steps=6)
+    mode, tril = normals.laplace(derivatives, start, steps=6)
     u_tril, v_sd = tril[..., :k, :k], tril[..., k:, k:].diagonal(dim1=-2, dim2=-1)
     slope = tril[..., k:, :k].diagonal(dim1=-2, dim2=-1) / u_tril.diagonal(dim1=-2, dim2=-1)
     return Laplace(mode[..., :k], mode[..., k:], u_tril, v_sd, slope)
@@ -374,8 +374,8 @@ def guide(
     v_shift, v_widen, v_bend, v_skew, v_tail = (out[..., 4:, :] * v_size).clamp(-2, 2).unbind(-2)
     with batch.plate("source"):
         tril = u_tril * widen.exp().unsqueeze(-2)
-        u = pyro.sample("log_brightness", guides.skew_normal(u0 + shift * u_sd, tril, skew, tail.exp()))
+        u = pyro.sample("log_brightness", normals.skew_normal(u0 + shift * u_sd, tril, skew, tail.exp()))
         if background == "hierarchical":
             centre = v0 + v_shift * v_sd + (slope + v_bend) * (u - u0)
             v_tril = torch.diag_embed(v_sd * v_widen.exp())
-            pyro.sample("log_background", guides.skew_normal(centre, v_tril, v_skew, v_tail.exp()))
+            pyro.sample("log_background", normals.skew_normal(centre, v_tril, v_skew, v_tail.exp()))

@@ -48,7 +48,7 @@ from torch.distributions import constraints
 from domains.astrophysics import apertures
 from domains.astrophysics.apertures import Background, Counts, Laplace, Population
 from scivi.inputs.fields import Field
-from scivi.models import Batch, Template, guides
+from scivi.models import Batch, Template, guides, normals
 from scivi.models.networks import perceptron
 
 Variability = Literal["scatter", "ou"]
@@ -218,13 +218,13 @@ def by_whitening(batch: Batch, pop: Population, c: Counts, background: Backgroun
         if step == _STEPS:
             break
         pull = (tril.mT @ (d.gu + slope * d.gv).unsqueeze(-1)).squeeze(-1) - z
-        dz = guides.solve_spd(matrix, pull)
+        dz = normals.solve_spd(matrix, pull)
         du = (tril @ dz.unsqueeze(-1)).squeeze(-1)
         dv = d.gv / d.hvv + slope * du
         most = torch.maximum(du.abs(), dv.abs()).amax(-1, keepdim=True)
         length = _FARTHEST / most.clamp_min(_FARTHEST)
         z, v = z + length * dz, v + length * dv
-    u_tril = tril @ guides.inverse_tril(matrix)
+    u_tril = tril @ normals.inverse_tril(matrix)
     return Laplace(u, v, u_tril, d.hvv.rsqrt(), slope)
 
 

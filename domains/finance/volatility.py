@@ -50,7 +50,7 @@ from scivi.inputs.fields import Field
 from scivi.models import Batch, Template
 from scivi.models.chains import Autoregressive
 from scivi.models.distributions import Moved
-from scivi.models.guides import SinhArcsinh
+from scivi.models.normals import SinhArcsinh
 from scivi.models.search import TAIL, Peak, peak
 
 Errors = Literal["normal", "t", "skew_t"]

@@ -55,7 +55,7 @@ from domains.genomics.cell_simulation import simulate
 from domains.genomics.panels import Form, Panel, Prior
 from scivi.errors import TemplateError, listed
 from scivi.inputs.fields import Field
-from scivi.models import Batch, Template, guides
+from scivi.models import Batch, Template, normals
 from scivi.models.counts import NegativeBinomialMean
 from scivi.models.foreground import ForegroundBackground, ScatteredCounts
 
@@ -175,7 +175,7 @@ def guide(batch: Batch, prior: Prior, nets: Nets, *, form: Form) -> None:
     with batch.plate("cell"):
         loc, tril, shift, stretch = nets.encoder(batch)
         noise = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
-        values["z"] = pyro.sample("z", dist.TransformedDistribution(noise, [guides.TrilAffine(loc, tril)]))
+        values["z"] = pyro.sample("z", dist.TransformedDistribution(noise, [normals.TrilAffine(loc, tril)]))
         centre, width = factor_of_cells(batch, values, nets, form)
         pyro.sample("droplet_factor", dist.Normal(centre + width * shift, width * stretch.exp()))
     if form.panel.has_empties:

@@ -56,7 +56,7 @@ from torch.distributions import constraints
 from torch.nn import functional
 
 from scivi.inputs.fields import Field
-from scivi.models import Batch, Template, guides
+from scivi.models import Batch, Template, guides, normals
 from scivi.models.networks import perceptron
 
 
@@ -302,7 +302,7 @@ def guide_in_vitro(batch: Batch, prior: Prior, nets: Nets) -> None:
             return gradient.unsqueeze(-1), precision[..., None, None]
 
         start = (n * torch.logit((k + 0.5) / (n + 1)) + 4 * mean) / (n + 4)  # a read tells about a quarter
-        mode, tril = (x.squeeze(-1) for x in guides.laplace(derivatives, start.unsqueeze(-1), steps=8))
+        mode, tril = (x.squeeze(-1) for x in normals.laplace(derivatives, start.unsqueeze(-1), steps=8))
         sd = tril.squeeze(-1)
         lean = (mode - mean) / scatter
         seen = torch.stack([(sd / scatter).clamp(max=1.0), lean.clamp(-4, 4), (mode / 4).clamp(-2, 2)], -1)
@@ -310,7 +310,7 @@ def guide_in_vitro(batch: Batch, prior: Prior, nets: Nets) -> None:
     shift, widen, skew, tail = (nets.correct(seen) * size).clamp(-2, 2).unbind(-1)
     with batch.plate("site"):
         noise = dist.Normal(torch.zeros_like(sd), torch.ones_like(sd))
-        bend = guides.SinhArcsinh(skew, tail.exp())
+        bend = normals.SinhArcsinh(skew, tail.exp())
         carry = dist.transforms.AffineTransform(mode + shift * sd, sd * widen.exp(), cache_size=1)
         pyro.sample("logit_maintenance", dist.TransformedDistribution(noise, [bend, carry]))
 

@@ -27,7 +27,7 @@ from domains.kinetics import experiments as ready
 from domains.kinetics.petab_problems import Parameter, Problem
 from domains.kinetics.priors import LN
 from domains.kinetics.simulation import Form, Simulated, simulated
-from scivi.models import guides
+from scivi.models import normals
 from scivi.models.networks import perceptron
 
 FARTHEST = 8.0  # sd of levels, times or shared parameters beyond which it sees no more (our choice)
@@ -212,6 +212,6 @@ class Encoder(nn.Module):
         of_prior = (self.width / scatter).square()
         pull = of_prior * (mean - self.centre) / self.width + stretch * push
         pull = pull + (precision @ at.unsqueeze(-1)).squeeze(-1)
-        tril = guides.inverse_tril(precision + torch.diag_embed(of_prior))
+        tril = normals.inverse_tril(precision + torch.diag_embed(of_prior))
         x = (tril @ (tril.mT @ pull.unsqueeze(-1))).squeeze(-1)
         return self.centre + self.width * x, self.width.unsqueeze(-1) * tril

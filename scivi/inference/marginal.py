@@ -33,7 +33,8 @@ from scivi.errors import Unsupported
 from scivi.inference.scores import Placed, by_particle, by_row, log_prob, particle_plate, row_scale
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
-from scivi.models.guides import JointNormalGuide, noise_shape, push, put
+from scivi.models.guides import JointNormalGuide
+from scivi.models.noise import noise_shape, push, put
 from scivi.models.sites import plates_of, row_dim_of, sample_sites
 
 GRID_DIMS = 3  # above it a grid of nodes costs more than random ones (our choice: 7**3 = 343 nodes)

@@ -25,7 +25,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from scivi import __version__
 from scivi.errors import CheckpointError, TemplateError, listed, missing_extra
 from scivi.extras import extra_of
 from scivi.files import sweep, write_atomically
@@ -38,6 +37,7 @@ from scivi.inputs.feed import Feed
 from scivi.models.binding import Bound, bind, stream_seed
 from scivi.models.mixtures import AdaptedGuide
 from scivi.models.template import Template
+from scivi.version import version
 
 FORMAT = 1  # of saved fits and checkpoints
 _OF_A_BASIS = ("mean", "scale", "directions")
@@ -191,7 +191,7 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     return {
-        "scivi": __version__,
+        "scivi": version(),
         "torch": str(torch.__version__),
         "pyro": pyro.__version__,
         "numpy": np.__version__,

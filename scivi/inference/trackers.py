@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from scivi import __version__
 from scivi.errors import PlanError, listed, missing_extra
 from scivi.files import write_atomically
 from scivi.inference.plan import Plan
 from scivi.inference.recorder import Recorder
 from scivi.models.template import Template
+from scivi.version import version
 
 KNOWN = (
     "tensorboard or tensorboard=FOLDER",
@@ -48,7 +48,7 @@ def about(template: Template, source: Any, plan: Plan) -> dict[str, Any]:
         template, data (hash of all entries), sizes, version, prior and plan, as plain values.
     """
     told = {"template": template.name, "data": source.fingerprint, "sizes": dict(source.sizes)}
-    return {**told, "version": __version__, "prior": template.prior_numbers(), "plan": plan.to_dict()}
+    return {**told, "version": version(), "prior": template.prior_numbers(), "plan": plan.to_dict()}
 
 
 def tracker(text: str, out: str | Path, about: Mapping[str, Any]) -> Recorder:

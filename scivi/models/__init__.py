@@ -2,7 +2,7 @@
 
 from scivi.inputs.batches import Batch
 from scivi.inputs.fields import Field
-from scivi.models import counts, distributions, guides, networks
+from scivi.models import counts, distributions, guides, networks, normals
 from scivi.models.guides import JointNormal, MeanField
 from scivi.models.template import Template
 
@@ -16,4 +16,5 @@ __all__ = [
     "distributions",
     "guides",
     "networks",
+    "normals",
 ]

@@ -19,10 +19,10 @@ from scivi.models.guides import (
     JointNormalGuide,
     Slot,
     Start,
-    TrilAffine,
     refuse_discrete,
     slots_of,
 )
+from scivi.models.normals import TrilAffine
 from scivi.models.sites import Site
 
 

@@ -32,7 +32,7 @@ TAIL = 1.4
 
 
 class Peak(NamedTuple):
-    """A density near its mode: ``scivi.models.guides.skew_normal`` with ``TAIL``.
+    """A density near its mode: ``scivi.models.normals.skew_normal`` with ``TAIL``.
 
     Args:
         loc: (rows, d).

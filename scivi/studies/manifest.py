@@ -37,11 +37,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scivi import __version__
 from scivi.errors import PlanError, StudyError, listed
 from scivi.files import write_json
 from scivi.inference.plan import Plan
 from scivi.studies.job import Job
+from scivi.version import version
 
 DEFAULT = "default"  # plan and prior as the template has them
 _HASHED = 12  # characters of a hash: two of a million fits are alike with a chance of .002
@@ -151,7 +151,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Put it into a study's folder."""
-        write_json(folder / "study.json", {"version": __version__, **asdict(self)})
+        write_json(folder / "study.json", {"version": version(), **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -303,7 +303,7 @@ def _rows(block: Mapping[str, Any], table: Mapping[str, Any], folder: Path) -> I
             numbers = (
                 {} if prior == DEFAULT and prior not in table.get("priors", {}) else table["priors"][prior]
             )
-            decides = [__version__, template, code, hashes[path], seed, changes, numbers, shared]
+            decides = [version(), template, code, hashes[path], seed, changes, numbers, shared]
             found = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
             variant: dict[str, Any] = {
                 "changes": changes,

@@ -16,20 +16,9 @@ from scivi.inputs.batches import Batch
 from scivi.inputs.fields import Field
 from scivi.models.binding import bind, seeded
 from scivi.models.flows import FlowSpec, conditional_flow, flow_distribution
-from scivi.models.guides import (
-    JointNormal,
-    MeanField,
-    SinhArcsinh,
-    TrilAffine,
-    global_normal,
-    inverse_tril,
-    laplace,
-    noise_shape,
-    noise_size,
-    push,
-    skew_normal,
-    solve_spd,
-)
+from scivi.models.guides import JointNormal, MeanField, global_normal
+from scivi.models.noise import noise_shape, noise_size, push
+from scivi.models.normals import SinhArcsinh, TrilAffine, inverse_tril, laplace, skew_normal, solve_spd
 from scivi.models.template import Template
 
 EPS = 1e-10  # float64: rounding times condition numbers below 1e4
