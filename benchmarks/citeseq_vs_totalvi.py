@@ -68,7 +68,8 @@ from record import THREADS, use_threads, write_json
 import scivi
 from domains.genomics import cells as readers
 from domains.genomics import citeseq
-from scivi.inference.loop import open_data, train
+from scivi.inference.loop import train
+from scivi.inference.opening import open_data
 from scivi.inference.scores import particle_plate, quiet, run_pair, score
 from scivi.inputs.batches import Batch, chunks
 from scivi.models.binding import Bound, seeded

@@ -30,8 +30,8 @@ from svi_models import CASES, Case
 
 import scivi
 from domains.astrophysics import photons
-from scivi.inference.loop import begin, open_data
 from scivi.inference.objective import prepare
+from scivi.inference.opening import begin, open_data
 from scivi.inference.scores import quiet
 from scivi.inference.state import State
 from scivi.inference.step import read_window

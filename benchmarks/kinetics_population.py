@@ -46,7 +46,7 @@ import scivi
 from domains.kinetics import populations
 from domains.kinetics.networks import network
 from domains.kinetics.petab_problems import Observable, Parameter, Problem
-from scivi.inference.loop import open_data
+from scivi.inference.opening import open_data
 from scivi.inference.refine import refine_rows
 from scivi.inference.scores import particle_plate, quiet
 from scivi.inputs.batches import read_batch

@@ -40,7 +40,8 @@ from record import use_threads, write_json
 
 from domains.genomics.methylation import EXAMPLE, Prior, make
 from domains.genomics.methylomes import CONTEXTS, CountTable
-from scivi.inference.loop import fit, open_data
+from scivi.inference.loop import fit
+from scivi.inference.opening import open_data
 from scivi.inference.plan import Plan
 from scivi.inputs.batches import Batch
 from scivi.inputs.feed import Feed

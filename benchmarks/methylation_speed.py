@@ -63,8 +63,8 @@ import scivi
 from domains.genomics import methylation, transmission
 from domains.genomics.reads import Errors, PedigreeReads, seen
 from scivi.inference.capture import captured, compiled
-from scivi.inference.loop import begin, open_data
 from scivi.inference.objective import prepare
+from scivi.inference.opening import begin, open_data
 from scivi.inference.scores import quiet
 from scivi.inference.stepper import Compiled, Eager
 from scivi.models import Template, sum_product

@@ -43,7 +43,7 @@ from record import use_threads, write_json
 import scivi
 from domains.astrophysics.photons import template
 from scivi.files import opened as read
-from scivi.inference.loop import open_data
+from scivi.inference.opening import open_data
 from scivi.inputs.sources import from_anndata
 
 STAGES = ("fit", "draw", "report")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import scivi
 from domains.astrophysics import photons
-from scivi.inference.loop import open_data
+from scivi.inference.opening import open_data
 from scivi.inputs.batches import Batch, chunks
 
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from scivi.errors import SciVIError, Unsupported
 from scivi.inference.draws import draw
-from scivi.inference.loop import begin, fit, open_data
+from scivi.inference.loop import fit
 from scivi.inference.nuts import evenly
 from scivi.inference.objective import prepare
+from scivi.inference.opening import begin, open_data
 from scivi.inference.plan import Plan
 from scivi.inference.recorder import CLOCKED
 from scivi.inference.scores import Placed, by_particle, log_prob, quiet, run_pair

@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from scivi.analysis import ranks
 from scivi.errors import DataError, FitError, PlanError, Unsupported
 from scivi.inference.draws import draw
-from scivi.inference.loop import begin, fit, open_data
+from scivi.inference.loop import fit
 from scivi.inference.many import ESTIMATORS, fit_many
 from scivi.inference.objective import prepare
+from scivi.inference.opening import begin, open_data
 from scivi.inference.plan import Plan
 from scivi.inference.scores import quiet
 from scivi.inference.simulate import simulate

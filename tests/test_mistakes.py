@@ -22,7 +22,7 @@ from domains.genomics import citeseq, methylation
 from domains.kinetics import kinetics
 from scivi.cli import app
 from scivi.errors import DataError, SciVIError, Unsupported
-from scivi.inference.loop import open_data
+from scivi.inference.opening import open_data
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 COUNTS = ("n_on", "n_off", "alpha", "exposure")

@@ -106,7 +106,7 @@ FORBIDDEN = {
 }
 
 # The only places that import by a name made at run time.
-DYNAMIC_IMPORTS = {"scivi", "scivi.cli", "scivi.inference.state"}
+DYNAMIC_IMPORTS = {"scivi", "scivi.cli", "scivi.models.named"}
 
 # Import name -> distribution, where the two differ.
 DISTRIBUTIONS = {"pyro": "pyro-ppl", "libsbml": "python-libsbml", "mlflow": "mlflow-skinny"}

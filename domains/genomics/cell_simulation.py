@@ -39,15 +39,9 @@ def simulate(
     log_background = log_ambient[place] + factor[:, None] + scatter * rng.normal(size=(n, t))
     present = rng.random((n, t)) < share[kind]
 
-    def counts(log_mean: np.ndarray, dispersion: float | np.ndarray) -> np.ndarray:
-        rate = np.exp(log_mean) * rng.gamma(dispersion, 1.0, log_mean.shape) / dispersion
-        return rng.poisson(rate).astype(float)
-
+    adt = _counts(rng, log_background + present * log_fold, prior.protein_dispersion)
     table: dict[str, Any] = {
-        "adt": (
-            ("cell", "protein"),
-            counts(log_background + present * log_fold, prior.protein_dispersion),
-        ),
+        "adt": (("cell", "protein"), adt),
         "batch": (("cell",), np.array(panel.batches)[place]),
     }
     truth: dict[str, Any] = {
@@ -59,23 +53,15 @@ def simulate(
         "foreground": (("cell", "protein"), present.astype(float)),
     }
     if form.has_rna:
-        g = len(panel.log_fractions)
-        logits = (
-            np.array(panel.log_fractions)
-            + (rng.normal(size=(n_types, g)) * (rng.random((n_types, g)) < 0.3))[kind]
-        )
-        fractions = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        log_theta = rng.normal(0.5, 0.5, g)
-        library = np.exp(rng.normal(math.log(20.0 * g), 0.3, (n, 1)))
-        table["rna"] = (("cell", "gene"), counts(np.log(library * fractions), np.exp(log_theta)))
-        truth["log_theta"] = (("gene",), log_theta)
+        rna, log_theta = _rna(rng, np.array(panel.log_fractions), kind, n_types)
+        table["rna"], truth["log_theta"] = (("cell", "gene"), rna), (("gene",), log_theta)
     coords: dict[str, Any] = {"cell": np.arange(n), "protein": np.array(panel.proteins)}
     if panel.has_empties:
         m = sizes.get("droplet", n)
         at = rng.integers(0, k, m)
         own = rng.normal(0.0, prior.kappa_protein_sd, t)
         level = (log_ambient - prior.kappa - own)[at] + droplet_scatter * rng.normal(size=(m, 1))
-        empties = counts(level + scatter * rng.normal(size=(m, t)), prior.protein_dispersion)
+        empties = _counts(rng, level + scatter * rng.normal(size=(m, t)), prior.protein_dispersion)
         table["empty_adt"] = (("droplet", "protein"), empties)
         table["empty_batch"] = (("droplet",), np.array(panel.batches)[at])
         truth |= {
@@ -84,3 +70,20 @@ def simulate(
             "log_kappa_protein": (("protein",), own),
         }
     return xr.Dataset(table, coords), xr.Dataset(truth, {**coords, "batch": np.array(panel.batches)})
+
+
+def _counts(rng: np.random.Generator, log_mean: np.ndarray, dispersion: float | np.ndarray) -> np.ndarray:
+    rate = np.exp(log_mean) * rng.gamma(dispersion, 1.0, log_mean.shape) / dispersion
+    return rng.poisson(rate).astype(float)
+
+
+def _rna(
+    rng: np.random.Generator, log_fractions: np.ndarray, kind: np.ndarray, n_types: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """RNA counts (cell, gene) of cells of these types, and the log dispersion of genes."""
+    g = len(log_fractions)
+    logits = log_fractions + (rng.normal(size=(n_types, g)) * (rng.random((n_types, g)) < 0.3))[kind]
+    fractions = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    log_theta = rng.normal(0.5, 0.5, g)
+    library = np.exp(rng.normal(math.log(20.0 * g), 0.3, (len(kind), 1)))
+    return _counts(rng, np.log(library * fractions), np.exp(log_theta)), log_theta

@@ -304,40 +304,14 @@ def make(
     if faults := panel.faults():
         raise TemplateError(listed("the panel cannot be used:", faults))
     form = Form(panel, n_latent, hidden, dropout, reference)
-    counts = constraints.nonnegative_integer
-    words = {"labels": panel.batches, "default": panel.batches[0]}
-    fields = {
-        "adt": Field(("cell", "protein"), "observed", counts, "count", "protein counts, missing allowed"),
-        "batch": Field(("cell",), doc="of the cell", **words),
-    }
-    dims: dict[str, tuple[str, ...]] = {"log_ambient": ("batch", "protein"), "scatter": ("protein",)}
-    dims |= {"droplet_scatter": (), "log_background_dispersion": ("protein",)}
-    dims |= {"log_foreground_dispersion": ("protein",)}
-    if form.has_efficiency:
-        dims["log_efficiency"] = ("batch", "protein")
-    if panel.has_empties:
-        dims |= {
-            "log_empty": ("batch", "protein"),
-            "log_kappa": ("batch",),
-            "log_kappa_protein": ("protein",),
-        }
-        fields["empty_adt"] = Field(
-            ("droplet", "protein"), "observed", counts, "count", "protein counts of empty droplets"
-        )
-        fields["empty_batch"] = Field(("droplet",), doc="of the empty droplet", **words)
-    if form.has_rna:
-        fields["rna"] = Field(("cell", "gene"), "observed", counts, "count", "RNA counts", gaps=False)
-        dims["log_theta"] = ("gene",)
-    dims |= {"z": ("cell", "latent"), "droplet_factor": ("cell",)}
-    dims |= dict.fromkeys(("foreground", "log_background", "denoised"), ("cell", "protein"))
     units = {"log_empty": "ln count"} if panel.has_empties else {}
     units |= {"log_ambient": "ln count", "log_background": "ln count", "denoised": "count"}
     return Template(
         name=f"CITE-seq, {len(panel.proteins)} proteins" + (", empty droplets" if panel.has_empties else ""),
-        fields=fields,
+        fields=_fields(form),
         rows=("cell", "droplet") if panel.has_empties else "cell",
         model=partial(model, form=form),
-        dims=dims,
+        dims=_dims(form),
         guide=partial(guide, form=form),
         nets=partial(nets, form=form),
         prior=prior or Prior(),
@@ -354,6 +328,36 @@ def make(
             {"panel": panel.to_dict(), **{name: getattr(form, name) for name in SETTINGS}},
         ),
     )
+
+
+def _fields(form: Form) -> dict[str, Field]:
+    panel, counts = form.panel, constraints.nonnegative_integer
+    words = {"labels": panel.batches, "default": panel.batches[0]}
+    found = {
+        "adt": Field(("cell", "protein"), "observed", counts, "count", "protein counts, missing allowed"),
+        "batch": Field(("cell",), doc="of the cell", **words),
+    }
+    if panel.has_empties:
+        of_empties = "protein counts of empty droplets"
+        found["empty_adt"] = Field(("droplet", "protein"), "observed", counts, "count", of_empties)
+        found["empty_batch"] = Field(("droplet",), doc="of the empty droplet", **words)
+    if form.has_rna:
+        found["rna"] = Field(("cell", "gene"), "observed", counts, "count", "RNA counts", gaps=False)
+    return found
+
+
+def _dims(form: Form) -> dict[str, tuple[str, ...]]:
+    by_batch, by_protein = ("batch", "protein"), ("protein",)
+    dims: dict[str, tuple[str, ...]] = {"log_ambient": by_batch, "scatter": by_protein, "droplet_scatter": ()}
+    dims |= {"log_background_dispersion": by_protein, "log_foreground_dispersion": by_protein}
+    if form.has_efficiency:
+        dims["log_efficiency"] = by_batch
+    if form.panel.has_empties:
+        dims |= {"log_empty": by_batch, "log_kappa": ("batch",), "log_kappa_protein": by_protein}
+    if form.has_rna:
+        dims["log_theta"] = ("gene",)
+    dims |= {"z": ("cell", "latent"), "droplet_factor": ("cell",)}
+    return dims | dict.fromkeys(("foreground", "log_background", "denoised"), ("cell", "protein"))
 
 
 def from_data(

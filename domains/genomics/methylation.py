@@ -318,15 +318,6 @@ def make(
     """
     if isinstance(pedigree, Mapping):
         pedigree = Pedigree.from_dict(pedigree)
-    settings = {
-        "pedigree": pedigree.to_dict(),
-        "reproduction": reproduction,
-        "contexts": list(contexts),
-        "annotations": list(annotations),
-        "heterogeneous": heterogeneous,
-        "equilibrium": equilibrium,
-        "most_reads": most_reads,
-    }
     form = Form(
         tree_of(pedigree),
         reproduction,
@@ -336,29 +327,20 @@ def make(
         equilibrium,
         most_reads,
     )
-    counts = constraints.integer_interval(0, most_reads)
-    per_locus = ("locus",)
-    dims: dict[str, tuple[str, ...]] = {"gain_sigma": (), "loss_sigma": ()} if heterogeneous else {}
-    dims |= {"gain_rate": ("context",), "loss_rate": ("context",)}
-    if form.annotations:
-        dims |= {"gain_effect": ("annotation",), "loss_effect": ("annotation",)}
-    if heterogeneous:
-        dims |= {"gain_rate_mean": ("context",), "loss_rate_mean": ("context",)}
-        dims |= {"locus_log_gain": per_locus, "locus_log_loss": per_locus}
-    if not equilibrium:
-        dims["founder"] = ("context", "genotype")
-    dims |= {"nonconversion": ("sample",), "inappropriate": (), "overdispersion": ()}
+    settings = {
+        "pedigree": pedigree.to_dict(),
+        "reproduction": reproduction,
+        "contexts": list(contexts),
+        "annotations": list(annotations),
+        "heterogeneous": heterogeneous,
+        "equilibrium": equilibrium,
+        "most_reads": most_reads,
+    }
+    dims = _dims(form)
     rate = {name: "1 / generation" for name in dims if "_rate" in name}
     return Template(
         name=f"methylation, {reproduction}, {len(pedigree.samples)} samples",
-        fields={
-            "methylated": Field(
-                ("locus", "sample"), "observed", counts, "read", "methylated reads", at_most="total"
-            ),
-            "total": Field(("locus", "sample"), "given", counts, "read", "all reads, 0 if not covered"),
-            "context": Field(per_locus, doc="cytosine context", labels=form.contexts),
-            **{name: Field(per_locus, doc="annotation") for name in form.annotations},
-        },
+        fields=_fields(form),
         rows="locus",
         model=partial(model, form=form),
         dims=dims,
@@ -375,6 +357,29 @@ def make(
         distinct=True,
         made=("domains.genomics.methylation:make", settings),
     )
+
+
+def _fields(form: Form) -> dict[str, Field]:
+    counts, matrix = constraints.integer_interval(0, form.most_reads), ("locus", "sample")
+    return {
+        "methylated": Field(matrix, "observed", counts, "read", "methylated reads", at_most="total"),
+        "total": Field(matrix, "given", counts, "read", "all reads, 0 if not covered"),
+        "context": Field(("locus",), doc="cytosine context", labels=form.contexts),
+        **{name: Field(("locus",), doc="annotation") for name in form.annotations},
+    }
+
+
+def _dims(form: Form) -> dict[str, tuple[str, ...]]:
+    dims: dict[str, tuple[str, ...]] = {"gain_sigma": (), "loss_sigma": ()} if form.heterogeneous else {}
+    dims |= {"gain_rate": ("context",), "loss_rate": ("context",)}
+    if form.annotations:
+        dims |= {"gain_effect": ("annotation",), "loss_effect": ("annotation",)}
+    if form.heterogeneous:
+        dims |= {"gain_rate_mean": ("context",), "loss_rate_mean": ("context",)}
+        dims |= {"locus_log_gain": ("locus",), "locus_log_loss": ("locus",)}
+    if not form.equilibrium:
+        dims["founder"] = ("context", "genotype")
+    return dims | {"nonconversion": ("sample",), "inappropriate": (), "overdispersion": ()}
 
 
 def from_data(data: Any, pedigree: Pedigree | None = None, **options: Any) -> tuple[Template, Any]:

@@ -16,17 +16,38 @@ import sympy
 import torch
 from sympy import Expr
 from torch import Tensor
+from torch.distributions import constraints
 
 from domains.kinetics import formulas, rates, tensors
 from domains.kinetics.formulas import symbol
 from domains.kinetics.networks import Network
 from domains.kinetics.petab_problems import Problem
 from scivi.errors import DataError, Unsupported, listed
+from scivi.inputs.fields import Field
 from scivi.ode.system import System
 
 _LEAST = (
     1e-300  # mean on a log scale, of one that is not above 0 (our choice: as unlikely as can be, and no NaN)
 )
+
+
+def fields(problem: Problem, row: str, support: Any = None) -> dict[str, Field]:
+    """The fields of a table of measurements.
+
+    Args:
+        problem: whether its measurements have numbers of their own.
+        row: the dim that measurements of one solution share: "condition", "experiment".
+        support: of what is measured.
+    """
+    times = (row, "moment")
+    found = {
+        "measured": Field((*times, "observable"), "observed", support, doc="NaN where nothing was"),
+        "time": Field(times, support=constraints.nonnegative, doc="in order"),
+        "at_rest": Field(times, doc="1 where the steady state was measured, whatever the time", default=0.0),
+    }
+    if problem.n_slots:
+        found["override"] = Field((*times, "observable", "slot"), doc="numbers of a measurement's own")
+    return found
 
 
 class Settings(NamedTuple):

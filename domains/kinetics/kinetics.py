@@ -39,7 +39,6 @@ from domains.kinetics.petab_problems import Problem, faults_of_data
 from domains.kinetics.priors import ParameterPrior
 from domains.kinetics.simulation import FLOOR, Form, Simulated, label, simulated
 from scivi.errors import DataError, FitError, TemplateError, listed
-from scivi.inputs.fields import Field
 from scivi.models import Batch, Template, guides
 from scivi.models.flows import Flow, JointFlowGuide
 from scivi.models.guides import JointNormal, JointNormalGuide, MeanField
@@ -244,22 +243,9 @@ def make(
     settings = {name: getattr(form, name) for name in ("rtol", "atol", "max_steps", "method")}
     settings |= {"problem": problem.to_dict(), "guide": guide, "start": list(map(float, start))}
     settings["covariance"] = [list(row) for row in wide]
-    fields = {
-        "measured": Field(("condition", "moment", "observable"), "observed", doc="NaN where nothing was"),
-        "time": Field(("condition", "moment"), support=constraints.nonnegative, doc="in order"),
-        "at_rest": Field(
-            ("condition", "moment"),
-            doc="1 where the steady state was measured, whatever the time",
-            default=0.0,
-        ),
-    }
-    if problem.n_slots:
-        fields["override"] = Field(
-            ("condition", "moment", "observable", "slot"), doc="numbers of a measurement's own"
-        )
     return Template(
         name=problem.name,
-        fields=fields,
+        fields=ready.fields(problem, "condition"),
         rows="condition",
         model=partial(model, form=form),
         dims={

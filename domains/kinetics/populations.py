@@ -45,7 +45,6 @@ from domains.kinetics.priors import LN, ParameterPrior
 from domains.kinetics.rehearsal import rehearse
 from domains.kinetics.simulation import FLOOR, Form, label
 from scivi.errors import DataError, TemplateError, listed
-from scivi.inputs.fields import Field
 from scivi.models import Batch, Template, guides
 from scivi.ode.solve import Method
 
@@ -200,14 +199,7 @@ def make(
     if isinstance(problem, Mapping):
         problem = Problem.from_dict(problem)
     varying = (varying,) if isinstance(varying, str) else tuple(varying)
-    faults = [
-        *problem.faults(),
-        *_faults_of_varying(problem, varying),
-        *_faults_of_start(problem, varying, start),
-    ]
-    if prior is not None and not prior.scatter > 0:
-        faults.append(f"prior.scatter is {prior.scatter}; it must be above 0")
-    if faults:
+    if faults := _faults(problem, varying, start, prior):
         raise TemplateError(listed("these experiments cannot be described:", dict.fromkeys(faults)))
     names = [each.name for each in problem.estimated]
     form = Form(ready.prepare(problem), rtol, atol, max_steps, method)
@@ -219,15 +211,6 @@ def make(
     support = (
         constraints.positive if all(is_log) else _PositiveWhere(is_log) if any(is_log) else constraints.real
     )
-    fields = {
-        "measured": Field(DIMS["measured"], "observed", support, doc="NaN where nothing was"),
-        "time": Field(DIMS["time"], support=constraints.nonnegative, doc="in order"),
-        "at_rest": Field(
-            DIMS["time"], doc="1 where the steady state was measured, whatever the time", default=0.0
-        ),
-    }
-    if problem.n_slots:
-        fields["override"] = Field((*DIMS["measured"], "slot"), doc="numbers of a measurement's own")
     local, common = ("experiment", "parameter"), population.parameters(population.shared)
     dims = {"mean": ("parameter",), "scatter": ("parameter",), "theta": local, "value": local}
     dims |= {"shared": ("shared_parameter",)} if common else {}
@@ -238,7 +221,7 @@ def make(
     begun = None if start is None else Start(*(torch.tensor(start.get(k, ())) for k in Start._fields))
     return Template(
         name=f"{problem.name}, many experiments",
-        fields=fields,
+        fields=ready.fields(problem, "experiment", support),
         rows="experiment",
         model=partial(model, population=population),
         dims=dims,
@@ -379,6 +362,22 @@ def rehearsed(
     weights = {name: value.detach().clone() for name, value in encoder.state_dict().items()}
     begun = cast(Any, again.nets).keywords["start"]
     return replace(again, nets=partial(nets, population=population_of(again), start=begun, practised=weights))
+
+
+def _faults(
+    problem: Problem,
+    varying: Sequence[str],
+    start: Mapping[str, Sequence[float]] | None,
+    prior: Prior | None,
+) -> list[str]:
+    found = [
+        *problem.faults(),
+        *_faults_of_varying(problem, varying),
+        *_faults_of_start(problem, varying, start),
+    ]
+    if prior is not None and not prior.scatter > 0:
+        found.append(f"prior.scatter is {prior.scatter}; it must be above 0")
+    return found
 
 
 def _faults_of_varying(problem: Problem, varying: Sequence[str]) -> list[str]:

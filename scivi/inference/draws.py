@@ -32,7 +32,7 @@ from scivi.inference.gather import (
     rows_at_once,
 )
 from scivi.inference.importance import USABLE_K, chosen, pareto_k, truncated
-from scivi.inference.loop import open_data
+from scivi.inference.opening import open_data
 from scivi.inference.population import weigh_globals
 from scivi.inference.refine import Refined, refine_rows
 from scivi.inference.scores import Placed, particle_plate, quiet

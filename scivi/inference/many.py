@@ -20,10 +20,11 @@ from pyro import poutine
 from torch import Tensor
 
 from scivi.errors import DataError, FitError, PlanError, TemplateError, Unsupported
-from scivi.inference import loop
 from scivi.inference.capture import captured, stacked
 from scivi.inference.discrete import left_out
+from scivi.inference.ending import frozen, identity_of
 from scivi.inference.gather import density, row_weight, shape_of
+from scivi.inference.opening import begin, open_data
 from scivi.inference.plan import Plan
 from scivi.inference.scores import log_prob, particle_plate, quiet
 from scivi.inference.sets import SHOWN, DataSets, open_sets
@@ -210,8 +211,8 @@ class Fits(Mapping[Any, Fit]):
                 f"there is no {self.over} {label!r}; there are {few}{', ...' * (len(self) > SHOWN)}"
             )
         place, course = self._places[label], self.course
-        source = loop.open_data(self.template, self.sets.table(place))
-        state = loop.begin(self.template, source, self.plan)
+        source = open_data(self.template, self.sets.table(place))
+        state = begin(self.template, source, self.plan)
         held = {**dict(state.bound.nets.named_parameters()), **dict(state.bound.nets.named_buffers())}
         with torch.no_grad():
             for name, values in course.values.items():
@@ -222,8 +223,8 @@ class Fits(Mapping[Any, Fit]):
         entries = course.history[place] if course.columns else np.empty((0, 0))
         told = [dict(zip(course.columns, e, strict=True)) for e in entries.tolist()]
         state.history = [e for e in told if not math.isnan(e["step"])]
-        identity = loop.identity_of(self.template, source, self.plan)
-        return loop.frozen(state, source, self.plan, identity)
+        identity = identity_of(self.template, source, self.plan)
+        return frozen(state, source, self.plan, identity)
 
     def draw(self, draws: int = 1000, *, seed: int = 0) -> xr.DataTree:
         """Draw from the posterior of every data set.
@@ -271,7 +272,7 @@ class Fits(Mapping[Any, Fit]):
             for group, named in groups.items()
         }
         provenance = {
-            **(identity := loop.identity_of(template, sets.source, self.plan)),
+            **(identity := identity_of(template, sets.source, self.plan)),
             "data": {**identity["data"], "rows": list(template.row_dims)},
             "plan": self.plan.to_dict(),
             "seed": self.plan.seed,

@@ -1,4 +1,4 @@
-"""Local latents integrated on nodes that the guide places, and the Newton finish of a few globals.
+"""Local latents integrated on nodes that the guide places: the marginal as an objective, and at a point.
 
 For row i with local latents z = T(e; x_i, theta), e standard normal noise of the guide,
 
@@ -11,14 +11,12 @@ nodes stand for the posterior (reweighted wake-sleep, Bornschein and Bengio 2015
 quadrature in place of samples): its gradient has no sampling noise, where the ELBO's hides differences of a
 hundredth of a nat. A Gaussian guide biases the scatter of a population under the ELBO; under the marginal it
 only has to put its nodes well.
-
-Longer than 400 lines because the objective and its Newton finish share nodes and runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,7 +27,6 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from scivi.errors import Unsupported
 from scivi.inference.scores import Placed, by_particle, by_row, log_prob, particle_plate, row_scale
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
@@ -39,12 +36,6 @@ from scivi.models.sites import plates_of, row_dim_of, sample_sites
 
 GRID_DIMS = 3  # above it a grid of nodes costs more than random ones (our choice: 7**3 = 343 nodes)
 RANDOM_NODES, TRAINING_NODES = 128, 64
-_FARTHEST = (
-    2.0  # on the unbounded scale, where 1 is a factor of e for a positive global: a step's reach (our choice)
-)
-_STALE = 0.3  # posterior sd; after a longer step the curvature is worked out anew (our choice)
-_COARSE = 0.3  # posterior sd; where fine nodes correct by more, all rows get more nodes (our choice)
-_ROUGH, _MOST_ROUNDS = 0.5, 4  # posterior sd; beyond it fine nodes correct again, so often (our choice)
 MOST_DIMS = 16  # above it a few hundred weighted nodes say too little about the marginal (our choice)
 
 
@@ -320,30 +311,6 @@ def objective(
     )  # the guide's own part: minus KL(posterior || guide), up to a constant
 
 
-@dataclass(frozen=True)
-class Newton:
-    """What the Newton finish found.
-
-    Args:
-        loc: mode of the globals' posterior on the unbounded scale, (D,).
-        covariance: inverse of the negative Hessian there, (D, D).
-        step_sd: size of the last step on coarse nodes, in posterior sd, the largest of the coordinates.
-        steps: steps taken before it.
-        nodes: Gauss-Hermite nodes per local dimension at the end.
-        node_error_sd: by how much going from coarse to fine nodes moved the mode, in posterior sd; what the
-            fine ones leave is far smaller.
-        log_evidence: Laplace estimate of the log evidence, nats.
-    """
-
-    loc: Tensor
-    covariance: Tensor
-    step_sd: float
-    steps: int
-    nodes: int
-    node_error_sd: float
-    log_evidence: float
-
-
 def global_module(bound: Bound) -> JointNormalGuide | None:
     """The joint normal that holds all global latents of a pair, if there is one of full rank."""
     names = {s.name for s in bound.sites if s.row_dim is None}
@@ -427,167 +394,3 @@ def _population(module: JointNormalGuide, theta: Tensor, batch: Batch) -> poutin
     """The global sites at ``theta``."""
     with Placed([module.name], lambda _name, _fn: theta):
         return poutine.trace(module).get_trace(batch)
-
-
-Derivatives = tuple[Tensor, Tensor, Tensor]
-Gradient = Callable[[Tensor, Callable[[int], Iterable[Batch]], int], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows that the Newton finish works on.
-
-    Args:
-        all: from nodes per dimension to one pass over all rows, in chunks.
-        some: the same over evenly spread rows, on which curvature and fine nodes are worked out.
-        weight: rows in all over rows in ``some``.
-    """
-
-    all: Callable[[int], Iterable[Batch]]
-    some: Callable[[int], Iterable[Batch]]
-    weight: float
-
-
-def newton_finish(
-    bound: Bound,
-    rows: Rows,
-    per_dim: int,
-    *,
-    gradient: Gradient | None = None,
-    fine: bool = True,
-    max_steps: int = 12,
-    tolerance: float = 0.1,
-) -> Newton:
-    """Mode and covariance of the globals by Newton's method on the full marginal.
-
-    Gradients on coarse nodes come from all rows; the curvature, and the difference that fine nodes make to
-    the gradient, from ``rows.some``, scaled up: both vary little from row to row.
-
-    Args:
-        bound: a trained pair; its joint normal is where the search starts, and is not changed.
-        rows: of the data.
-        per_dim: Gauss-Hermite nodes per local dimension: coarse ones as in training, fine ones twice as many
-            and one.
-        gradient: log marginal and its gradient at a point, over batches of rows on so many nodes; worked out
-            here if None.
-        fine: correct the coarse answer by the fine nodes.
-        max_steps: Newton steps at most.
-        tolerance: stop when no coordinate moved by more, in posterior sd; the next step would be far smaller.
-
-    Raises:
-        Unsupported: the guide's noise cannot be laid out, or no joint normal holds all globals.
-    """
-    module, plan = global_module(bound), layout(bound, bound.example)
-    if module is None or plan.refusal is not None:
-        absent = "no full-rank joint normal holds all globals (scivi.models.guides.global_normal)"
-        raise Unsupported(f"the Newton finish cannot be had: {plan.refusal or absent}.")
-    coarse, n_fine = summing_nodes(plan.dims, per_dim), 2 * per_dim + 1
-    fine = fine and 0 < plan.dims <= GRID_DIMS  # random nodes are no finer for that
-
-    def derivatives(
-        theta: Tensor, batches: Callable[[int], Iterable[Batch]], n: int, curved: bool
-    ) -> Derivatives:
-        def of_rows(at: Tensor) -> Iterator[Tensor]:
-            return (log_marginal(bound, module, at, batch, plan, n) for batch in batches(n))
-
-        return differentiate(of_rows, theta, curved, module.loc.dtype)
-
-    def plain(theta: Tensor, batches: Callable[[int], Iterable[Batch]], n: int) -> tuple[Tensor, Tensor]:
-        return derivatives(theta, batches, n, False)[:2]
-
-    sloped: Gradient = gradient or plain
-
-    def posterior(theta: Tensor, n: int = coarse) -> tuple[Tensor, Tensor]:
-        value, slope = sloped(theta, rows.all, n)
-        prior = differentiate(of_prior, theta, False, module.loc.dtype)
-        return prior[0] + value, prior[1] + slope
-
-    def covariance_at(theta: Tensor) -> Tensor:
-        bend = derivatives(theta, rows.some, coarse, True)[2]
-        return torch.linalg.inv(
-            _positive(-rows.weight * bend - differentiate(of_prior, theta, True, module.loc.dtype)[2])
-        )
-
-    def of_prior(at: Tensor) -> Iterator[Tensor]:
-        yield log_prior(bound, module, at, bound.example)
-
-    theta, step_sd, taken, stale = module.loc.detach().double(), math.inf, 0, False
-    (value, slope), covariance = posterior(theta), covariance_at(theta)
-    while taken < max_steps:
-        step, sd = covariance @ slope, covariance.diagonal().sqrt()
-        step_sd = float((step / sd).abs().max())
-        if step_sd < tolerance:  # a step this small is taken below, with the fine nodes'
-            break
-        length, enough = min(1.0, float(_FARTHEST / step.abs().max())), value - _rounding(value, module.loc)
-        while (
-            not (ahead := posterior(theta + length * step))[0] >= enough and length > 1e-4
-        ):  # NaN is not enough
-            length *= 0.5
-        moved, turned = length * step, slope - ahead[1]
-        theta, (value, slope), taken = theta + moved, ahead, taken + 1
-        if gradient is None and step_sd > _STALE:  # few rows, and far to go: a new curvature is cheap
-            covariance = covariance_at(theta)
-        elif gradient is not None:
-            covariance, stale = _secant(covariance, moved, turned), stale or step_sd > _STALE
-    if stale:
-        covariance = covariance_at(theta)
-    difference, node_error, now, sd = torch.zeros_like(slope), math.nan, coarse, covariance.diagonal().sqrt()
-    for _ in range(_MOST_ROUNDS):
-        if fine:
-            (v_fine, s_fine), (v, s) = (sloped(theta, rows.some, n) for n in (n_fine, now))
-            value, difference = value + rows.weight * (v_fine - v), rows.weight * (s_fine - s)
-        correction = float((covariance @ difference / sd).abs().max())
-        node_error = correction if fine and math.isnan(node_error) else node_error
-        if fine and rows.weight > 1 and now < per_dim and correction > _COARSE:
-            # so large a difference is not known well enough from some of the rows: let all have more nodes
-            now = per_dim
-            value, slope = posterior(theta, now)
-            continue
-        step = covariance @ (slope + difference)
-        theta = theta + step
-        if not fine or not float((step / sd).abs().max()) > _ROUGH:
-            break
-        (value, slope), covariance = posterior(theta, now), covariance_at(theta)
-        sd = covariance.diagonal().sqrt()
-    evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
-    loc, covariance = theta.to(module.loc), covariance.to(module.loc)
-    return Newton(loc, covariance, step_sd, taken, n_fine if fine else coarse, node_error, evidence)
-
-
-def _secant(covariance: Tensor, step: Tensor, turned: Tensor) -> Tensor:
-    """An inverse curvature corrected by how a step turned the slope (Broyden, Fletcher, Goldfarb, Shanno).
-
-    Left alone where the slope did not turn as that of a peak does.
-    """
-    size = step @ turned
-    if not size > 1e-3 * (step @ torch.linalg.solve(covariance, step)):
-        return covariance
-    keep = torch.eye(len(step), dtype=step.dtype) - torch.outer(step, turned) / size
-    return keep @ covariance @ keep.T + torch.outer(step, step) / size
-
-
-def differentiate(
-    parts: Callable[[Tensor], Iterator[Tensor]], theta: Tensor, curved: bool, dtype: torch.dtype
-) -> Derivatives:
-    """Value, gradient (D,) and, if ``curved``, Hessian (D, D) of a sum at ``theta``, added up in float64."""
-    at = theta.detach().to(dtype).requires_grad_(True)
-    value, slope, bend = theta.new_zeros(()), torch.zeros_like(theta), theta.new_zeros(len(theta), len(theta))
-    for part in parts(at):
-        (own,) = torch.autograd.grad(part, at, create_graph=curved)
-        value, slope = value + part.detach(), slope + own.detach()
-        if curved and own.requires_grad:  # the slope of a flat prior is a constant
-            rows = [torch.autograd.grad(own[i], at, retain_graph=True)[0] for i in range(len(theta))]
-            bend = bend + torch.stack(rows).detach()
-    return value, slope, bend
-
-
-def _rounding(value: Tensor, like: Tensor) -> float:
-    """Rounding error to be expected of a log density of this size."""
-    return 10 * abs(float(value)) * torch.finfo(like.dtype).eps
-
-
-def _positive(matrix: Tensor) -> Tensor:
-    """The matrix if positive definite, else with its eigenvalues made positive (a direction that climbs)."""
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
-    floor = values.abs().max() * 1e-8
-    return vectors @ torch.diag(values.abs().clamp_min(floor)) @ vectors.T

@@ -20,7 +20,7 @@ from scivi.inference.capture import Function
 from scivi.inference.chains import STATS, Chain, Length, chosen, nutpie_chain, nutpie_chains, pyro_chain
 from scivi.inference.draws import check_rows
 from scivi.inference.gather import AT_ONCE, log_likelihood, prior_draws, reported
-from scivi.inference.loop import EXAMPLE_ROWS, open_data
+from scivi.inference.opening import EXAMPLE_ROWS, open_data
 from scivi.inference.potential import Potential, Whitened, fast, model_at, potential, together
 from scivi.inference.scores import by_particle, log_prob, quiet
 from scivi.inference.state import Fit, freeze, versions

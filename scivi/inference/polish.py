@@ -24,6 +24,7 @@ from scivi.inference import marginal
 from scivi.inference.capture import captured, largest_of, stacked
 from scivi.inference.gather import ENTRIES_AT_ONCE
 from scivi.inference.importance import truncated
+from scivi.inference.newton import Rows
 from scivi.inference.potential import NUMBERS_AT_ONCE
 from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate
 from scivi.inference.stepper import CLOSE, Form, kind
@@ -57,7 +58,7 @@ class Polished:
     moved_sd: float
 
 
-def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, draws: int = 160) -> Polished:
+def polish(bound: Bound, rows: Rows, per_dim: int, *, rounds: int = 4, draws: int = 160) -> Polished:
     """Mean and covariance of the globals' posterior, starting from the trained normal.
 
     Args:
@@ -104,7 +105,7 @@ def polish(bound: Bound, rows: marginal.Rows, per_dim: int, *, rounds: int = 4, 
 
 
 def _posteriors(
-    bound: Bound, module: marginal.JointNormalGuide, rows: marginal.Rows, plan: marginal.Layout, per_dim: int
+    bound: Bound, module: marginal.JointNormalGuide, rows: Rows, plan: marginal.Layout, per_dim: int
 ) -> Callable[[Tensor], Tensor]:
     """Log posterior density of globals (point, D), up to a constant, with every row integrated, (point,).
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scivi.errors import DataError, listed
-from scivi.inference import loop
+from scivi.inference.opening import begin, device_of, open_data
 from scivi.inference.plan import Plan
 from scivi.inference.state import State
 from scivi.inference.stepper import Form
@@ -90,7 +90,7 @@ class DataSets:
 
     def begin(self, place: int, plan: Plan) -> State:
         """The state of a fit to one data set."""
-        return loop.begin(self.template, loop.open_data(self.template, self.table(place)), plan)
+        return begin(self.template, open_data(self.template, self.table(place)), plan)
 
 
 def open_sets(template: Template, data: Any, over: str, plan: Plan) -> DataSets:
@@ -118,7 +118,7 @@ def open_sets(template: Template, data: Any, over: str, plan: Plan) -> DataSets:
     if template.validate is not None or template.distinct:
         if (error := _by_label(template, table, fields, over)) is not None:
             raise error
-    device, dtype = loop.device_of(plan), getattr(torch, plan.dtype)
+    device, dtype = device_of(plan), getattr(torch, plan.dtype)
     whole = make_batch(source.read({}), fields, source.sizes, (over,), {}, device, dtype)
     return DataSets(template, over, source, whole)
 
@@ -145,7 +145,7 @@ def _by_label(template: Template, table: Table, fields: Mapping[str, Field], ove
     faults = []
     for place, label in enumerate(labels):
         try:
-            loop.open_data(template, _one(source, over, place))
+            open_data(template, _one(source, over, place))
         except DataError as error:
             lines = str(error).split("\n")[1:]
             faults += [f'{over} "{label}": {line.removeprefix("  - ")}' for line in lines]

@@ -12,7 +12,7 @@ from pyro import poutine
 
 from scivi.errors import TemplateError
 from scivi.inference.gather import shape_of
-from scivi.inference.loop import open_data
+from scivi.inference.opening import open_data
 from scivi.inference.trees import dataset, units_of
 from scivi.inputs.batches import Batch, chunks
 from scivi.models.binding import seeded

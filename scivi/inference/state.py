@@ -6,15 +6,12 @@ Longer than 400 lines because the files of running and of finished fits are writ
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import platform
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -25,17 +22,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from scivi.errors import CheckpointError, TemplateError, listed, missing_extra
-from scivi.extras import extra_of
+from scivi.errors import CheckpointError, TemplateError, listed
 from scivi.files import sweep, write_atomically
 from scivi.inference import showing
 from scivi.inference.plan import Plan
+from scivi.inference.scores import quiet
 from scivi.inference.team import Team
 from scivi.inputs.batches import Batch
 from scivi.inputs.features import Basis, Features
 from scivi.inputs.feed import Feed
 from scivi.models.binding import Bound, bind, stream_seed
 from scivi.models.mixtures import AdaptedGuide
+from scivi.models.named import import_template, is_as_made, made_again, reference_of
 from scivi.models.template import Template
 from scivi.version import version
 
@@ -100,6 +98,19 @@ class State:
     def learns(self) -> bool:
         """Whether there is anything to learn."""
         return any(p.requires_grad for p in self.bound.nets.parameters())
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Run on the state's own random stream; the process's is put back afterwards."""
+        device = next(iter(self.bound.example.values.values())).device
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), quiet():
+            if cuda:
+                torch.cuda.set_rng_state(self.random, device)
+            else:
+                torch.set_rng_state(self.random)
+            yield
+            self.random = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All of it as named tensors (copies) and plain values."""
@@ -258,89 +269,6 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f'"{path}" cannot be read as safetensors: {error}.') from None
 
 
-def reference_of(template: Template) -> str | None:
-    """``module:name`` under which an equal template (but for its prior) can be imported; None if none."""
-    for name, module in sorted(sys.modules.items()):
-        if name == "__main__" or not getattr(module, "__file__", None):
-            continue
-        for attribute, value in list(vars(module).items()):
-            if type(value) is Template and replace(value, prior=template.prior) == template:
-                return f"{name}:{attribute}"
-    return None
-
-
-def imported(reference: str) -> tuple[Any, str]:
-    """What ``module:name`` names, None if nothing; and in words, the templates that the module has.
-
-    Raises:
-        TemplateError: there is no such module, or it needs a package that is not installed.
-        Unsupported: that package comes with an extra of scivi.
-    """
-    module_name, _, name = reference.partition(":")
-    if not name:
-        raise TemplateError(
-            f'"{reference}" is not of the form module:name, such as domains.astrophysics.photons:template.'
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        absent = error.name or str(error)
-        if extra := extra_of(absent):
-            raise missing_extra(absent, extra) from None
-        if f"{module_name}.".startswith(f"{absent}."):  # itself, or a package that it should lie in
-            raise TemplateError(f'there is no module "{module_name}"; is its folder on the path?') from None
-        raise TemplateError(f'module "{module_name}" needs "{absent}", which is not installed.') from None
-    offered = sorted(k for k, v in vars(module).items() if isinstance(v, Template))
-    return getattr(module, name, None), str(offered or "none")
-
-
-def import_template(reference: str) -> Template:
-    """The template that ``module:name`` names.
-
-    Raises:
-        TemplateError: there is no such module or name; the message lists the templates that the module has.
-    """
-    found, offered = imported(reference)
-    if not isinstance(found, Template):
-        module_name, _, name = reference.partition(":")
-        raise TemplateError(f'module "{module_name}" has no template "{name}"; it has {offered}.')
-    return found
-
-
-def made_again(maker: str, settings: Mapping[str, Any]) -> Template:
-    """The template that the function called ``module:name`` makes with these settings.
-
-    Raises:
-        TemplateError: there is no such function, or it makes none with them.
-    """
-    found, _ = imported(maker)
-    try:
-        template = found(**settings)
-    except TypeError as error:  # it is no function, or its arguments have changed
-        raise TemplateError(f'"{maker}" makes no template of {dict(settings)}: {error}.') from None
-    if not isinstance(template, Template):
-        raise TemplateError(f'"{maker}" makes {type(template).__name__}, not a Template.')
-    return template
-
-
-def _is_as_made(template: Template) -> bool:
-    """Whether the maker, if there is one, makes a template of the same functions, names and dims."""
-    if template.made is None or template.made[0].startswith("__main__:"):
-        return False
-    parts = ("name", "rows", "dims", "model", "guide", "nets", "simulate", "validate")
-    try:
-        again = made_again(*template.made)
-        return all(_by_name(getattr(again, part)) == _by_name(getattr(template, part)) for part in parts)
-    except (ValueError, RuntimeError, LookupError, OSError):  # the maker's; a fit is saved all the same
-        return False
-
-
-def _by_name(part: Any) -> Any:
-    """A function, or what ``partial`` makes of one, by its name; anything else as it is."""
-    part = part.func if isinstance(part, partial) else part
-    return (part.__module__, part.__qualname__) if isinstance(part, FunctionType) else part
-
-
 def save(fit: Fit, directory: str | Path) -> Path:
     """Write a fit: ``fit.json``, tensors in safetensors, ``history.nc``. No code is stored.
 
@@ -365,7 +293,7 @@ def save(fit: Fit, directory: str | Path) -> Path:
     tensors |= {} if fit.population is None else {"population": fit.population}
     content = to_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     name = f"tensors-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-    made = fit.template.made if _is_as_made(fit.template) else None  # a part may have been replaced since
+    made = fit.template.made if is_as_made(fit.template) else None  # a part may have been replaced since
     meta = {
         "format": FORMAT,
         "tensors": name,

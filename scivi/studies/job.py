@@ -110,13 +110,13 @@ def imported(reference: str) -> tuple[Any, str]:
 
     Raises:
         TemplateError: there is no such module, and the nearest is told before torch is loaded; or as
-            ``state.imported``.
-        Unsupported: as ``state.imported``.
+            ``models.named.imported``.
+        Unsupported: as ``models.named.imported``.
     """
     refuse_misspelt(reference)
-    from scivi.inference import state
+    from scivi.models import named
 
-    return state.imported(reference)
+    return named.imported(reference)
 
 
 def template_called(reference: str, prior: Mapping[str, Any]) -> Template:
@@ -178,7 +178,7 @@ def opened(
     select: Mapping[str, list[str]],
 ) -> Any:
     """Data as a source that fits the template, after renaming and selecting."""
-    from scivi.inference.loop import open_data
+    from scivi.inference.opening import open_data
     from scivi.inputs.sources import arranged, as_table
 
     if dims or columns or select:

@@ -18,7 +18,8 @@ from pyro.optim import Adam
 from torch import nn
 
 from scivi.inference import capture, loop, stepper
-from scivi.inference.loop import begin, fit, open_data, train
+from scivi.inference.loop import fit, train
+from scivi.inference.opening import begin, open_data
 from scivi.models.flows import conditional_flow, flow_distribution
 from scivi.models.guides import JointNormal, MeanField
 from scivi.models.networks import perceptron

@@ -34,8 +34,9 @@ from domains.genomics.citeseq import EXAMPLE
 from scivi.cli import app
 from scivi.errors import FitError, PlanError
 from scivi.inference import draws, processes
-from scivi.inference.loop import begin, fit, open_data, train
+from scivi.inference.loop import fit, train
 from scivi.inference.objective import prepare
+from scivi.inference.opening import begin, open_data
 from scivi.inference.plan import Plan
 from scivi.inference.processes import LOST, Place, first_host, launch, place
 from scivi.inference.state import State, load, save

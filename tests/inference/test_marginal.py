@@ -14,7 +14,8 @@ from torch.distributions import constraints
 from scivi.errors import Unsupported
 from scivi.inference import marginal
 from scivi.inference.capture import captured, compiled
-from scivi.inference.marginal import Noise, Rows, layout, log_marginal, log_prior, newton_finish, nodes
+from scivi.inference.marginal import Noise, layout, log_marginal, log_prior, nodes
+from scivi.inference.newton import Rows, newton_finish
 from scivi.inputs.fields import Field
 from scivi.models.binding import bind
 from scivi.models.guides import global_normal

@@ -12,7 +12,7 @@ from scipy.stats import gamma, norm
 
 import scivi
 from scivi.errors import Unsupported
-from scivi.inference.loop import open_data
+from scivi.inference.opening import open_data
 from scivi.inference.potential import Potential, fast, potential
 from scivi.inference.scores import quiet
 from scivi.inputs.batches import chunks

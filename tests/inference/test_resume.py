@@ -14,7 +14,8 @@ import torch
 import xarray as xr
 
 from scivi.errors import CheckpointError
-from scivi.inference.loop import begin, fit, open_data, train
+from scivi.inference.loop import fit, train
+from scivi.inference.opening import begin, open_data
 from scivi.inference.plan import Plateau
 from scivi.inference.recorder import CLOCKED
 from scivi.inference.state import load_state, save_state

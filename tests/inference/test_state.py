@@ -18,10 +18,11 @@ from scivi.errors import CheckpointError, DataError, TemplateError, Unsupported
 from scivi.files import write_atomically
 from scivi.inference.draws import draw
 from scivi.inference.loop import fit
-from scivi.inference.state import Fit, import_template, load, reference_of, save
+from scivi.inference.state import Fit, load, save
 from scivi.inputs.features import Basis, Features
 from scivi.inputs.fields import Field
 from scivi.models.guides import JointNormal
+from scivi.models.named import import_template, reference_of
 from scivi.models.template import Template
 from tests.inference.conjugate import NOISE, PRIOR, hierarchy, plan, rows, shared
 

@@ -8,8 +8,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from scivi.inference.loop import _sampling, begin, open_data
 from scivi.inference.objective import prepare
+from scivi.inference.opening import begin, open_data
 from scivi.inference.step import diagnose, random_states, restore_random
 from tests.inference.conjugate import plan
 from tests.inference.test_loop import limited
@@ -57,7 +57,7 @@ def test_the_rows_of_a_divergence_are_those_of_its_own_draw(name):
         seen.append(float(pyro.sample("mu", dist.Normal(nets.loc, 1.0)).detach()))
 
     state.bound = replace(state.bound, template=replace(cliff, guide=watched))
-    with _sampling(state):
+    with state.sampling():
         error = diagnose(state, prepare(state.bound, state.bound.example, knobs), knobs, 50)
     assert error.site == "y"
     assert seen[-1] == seen[-2] > 0.5  # the draw of the step, and the one by which the rows were found

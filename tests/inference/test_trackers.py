@@ -7,7 +7,8 @@ import pytest
 
 from scivi.errors import PlanError, Unsupported
 from scivi.inference import trackers
-from scivi.inference.loop import fit, open_data
+from scivi.inference.loop import fit
+from scivi.inference.opening import open_data
 from scivi.inference.recorder import Recorder, Several
 from scivi.inference.trackers import MLflow, Prometheus, TensorBoard, about, exposition, tracker
 from tests.inference.conjugate import hierarchy, plan, rows, shared

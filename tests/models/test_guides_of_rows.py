@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import scivi
-from scivi.inference.loop import EXAMPLE_ROWS
+from scivi.inference.opening import EXAMPLE_ROWS
 from scivi.models.guides import JointNormal
 from tests.inference.conjugate import NOISE, SPREAD, hierarchy, plan, rows
 

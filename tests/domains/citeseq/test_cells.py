@@ -19,7 +19,7 @@ from domains.genomics import cells, citeseq
 from domains.genomics.cells import Counts
 from domains.genomics.panels import Panel
 from scivi.errors import DataError, TemplateError
-from scivi.inference.loop import open_data
+from scivi.inference.opening import open_data
 
 N, PROTEINS = 30, ("CD3", "CD4", "CD19", "IgG")
 GENES = tuple(f"g{k}" for k in range(8))

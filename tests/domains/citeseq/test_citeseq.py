@@ -23,8 +23,8 @@ from domains.genomics.citeseq import EXAMPLE
 from domains.genomics.panels import Panel, Prior
 from scivi.analysis.verdict import checks, measure
 from scivi.errors import DataError
-from scivi.inference.loop import open_data
 from scivi.inference.objective import prepare
+from scivi.inference.opening import open_data
 from scivi.inputs.batches import Batch, chunks
 from scivi.models.binding import Bound, bind, seeded
 from scivi.models.template import Template

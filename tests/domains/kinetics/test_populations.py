@@ -18,8 +18,8 @@ from domains.kinetics import populations
 from domains.kinetics.networks import network
 from domains.kinetics.petab_problems import Observable, Parameter, Problem
 from scivi.errors import DataError, TemplateError
-from scivi.inference import marginal
-from scivi.inference.loop import begin, open_data
+from scivi.inference import marginal, newton
+from scivi.inference.opening import begin, open_data
 from scivi.inference.polish import polish
 from scivi.inference.scores import Placed, log_prob
 from scivi.models.sites import sample_sites
@@ -178,12 +178,12 @@ def test_population_is_that_of_a_grid():
     """
     template, table, _ = practised()
     bound = bound_to(template, table)
-    rows = marginal.Rows(lambda n: [bound.example], lambda n: [bound.example], 1.0)
+    rows = newton.Rows(lambda n: [bound.example], lambda n: [bound.example], 1.0)
     module = marginal.global_module(bound)
     assert module is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        start = marginal.newton_finish(bound, rows, 9, fine=False)
+        start = newton.newton_finish(bound, rows, 9, fine=False)
         module.set(start.loc, start.covariance)
         found = polish(bound, rows, 9, rounds=2, draws=80)
     assert found.ess > 60

@@ -27,7 +27,7 @@ from domains.genomics import divergence, genotypes, methylation
 from domains.genomics.methylation import EXAMPLE
 from domains.genomics.pedigrees import Pedigree
 from scivi.errors import DataError
-from scivi.inference.loop import open_data
+from scivi.inference.opening import open_data
 
 WINDOW = Path(__file__).parents[4] / "shared" / "data" / "methylation" / "col0_ma3_gbm_window0.h5ad"
 SCATTER = np.array([1.2, 0.8])
