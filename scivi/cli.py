@@ -156,6 +156,7 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Fit a template to data; leave fit, history, posterior, figures and report in a folder."""
+    # Longer than 60 lines because each flag of the command is a parameter with its words of help.
     how = _changes(setting, ctx.params)
     base = None if plan is None else Plan.from_toml(plan).to_dict()
     job = _job(template, data, prior, dim, column, select, make, plan=how, base=base, draws=draws)

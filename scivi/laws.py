@@ -23,7 +23,6 @@ from torch import Tensor
 from scivi.errors import SciVIError, Unsupported
 from scivi.inference.draws import draw
 from scivi.inference.loop import fit
-from scivi.inference.nuts import evenly
 from scivi.inference.objective import prepare
 from scivi.inference.opening import begin, open_data
 from scivi.inference.plan import Plan
@@ -34,6 +33,7 @@ from scivi.inference.state import load, save
 from scivi.inference.step import update
 from scivi.inference.trees import dataset, units_of
 from scivi.inputs.batches import Batch, chunks, take
+from scivi.inputs.subset import evenly
 from scivi.models.binding import Bound, bind, seeded
 from scivi.models.sites import sample_sites, value_of
 from scivi.models.template import Template

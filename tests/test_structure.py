@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 # Floors of the house: an arrow goes down only. Packages on one floor do not know each other.
 FLOORS = {
@@ -131,6 +132,7 @@ class Module:
 
     name: str
     is_package: bool
+    text: str
     tree: ast.Module
 
 
@@ -142,7 +144,8 @@ def read_modules(root: Path) -> dict[str, Module]:
             parts = path.relative_to(root).with_suffix("").parts
             is_package = parts[-1] == "__init__"
             name = ".".join(parts[:-1] if is_package else parts)
-            modules[name] = Module(name, is_package, ast.parse(path.read_text(encoding="utf-8"), str(path)))
+            text = path.read_text(encoding="utf-8")
+            modules[name] = Module(name, is_package, text, ast.parse(text, str(path)))
     return modules
 
 
@@ -435,6 +438,58 @@ def test_analysis_works_where_torch_cannot_be_imported():
     code = "\n".join([refuse, *(f"import {module}" for module in modules)])
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def told_files() -> list[str]:
+    """The files in the page's table, by dotted name; one without a folder lies beside that before it."""
+    table = re.search(r"\| file \| its one job \|\n\|.*\n((?:\|.*\n)+)", ARCHITECTURE)
+    assert table is not None
+    found = []
+    for row in table[1].splitlines():
+        folder = ""
+        for named in re.findall(r"`([\w/]+)`", row.split("|")[1]):
+            folder = named.rpartition("/")[0] or folder
+            whole = named if "/" in named else f"{folder}/{named}".strip("/")
+            found.append((whole if whole.startswith("domains/") else f"scivi/{whole}").replace("/", "."))
+    return found
+
+
+def test_the_architecture_page_names_every_file_once():
+    told = told_files()
+    assert sorted(told) == sorted({*told}), "a file stands there twice"
+    packages = {name for name, module in MODULES.items() if module.is_package}  # public names, most of them
+    assert {*told} - {*MODULES} == set(), "no such file"
+    assert {*MODULES} - {*told} - packages == set(), "not on the page"
+
+
+def test_the_architecture_page_draws_the_floors():
+    picture = ARCHITECTURE.split("```text")[1].split("```")[0]
+    drawn = {int(n): text for n, text in re.findall(r"^floor (\d)(.*?)(?=^floor|\Z)", picture, re.M | re.S)}
+    missing = [
+        f"{name}: floor {floor}"
+        for name, floor in FLOORS.items()
+        if name not in BACKTESTS and not re.search(rf"\b{name.removeprefix('scivi.')}\b", drawn[floor])
+    ]
+    assert missing == []
+
+
+def test_what_is_long_says_why():
+    """A module of more than 400 lines does, and a function of more than 60, its docstring apart."""
+    faults = []
+    for name, source in MODULES.items():
+        lines = source.text.splitlines()
+        if len(lines) > 400 and "Longer than 400 lines because" not in (ast.get_docstring(source.tree) or ""):
+            faults.append(f"{name}: {len(lines)} lines")
+        for found in ast.walk(source.tree):
+            if not isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            own = "\n".join(lines[found.lineno - 1 : found.end_lineno])
+            told = found.body[0]
+            words = (told.end_lineno or 0) - told.lineno + 1 if ast.get_docstring(found) is not None else 0
+            size = (found.end_lineno or 0) - found.lineno + 1 - words
+            if size > 60 and "Longer than 60 lines because" not in own:
+                faults.append(f"{name}.{found.name}: {size} lines")
+    assert faults == []
 
 
 def test_public_names_are_the_promised_ones():

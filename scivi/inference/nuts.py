@@ -26,6 +26,7 @@ from scivi.inference.scores import by_particle, log_prob, quiet
 from scivi.inference.state import Fit, freeze, versions
 from scivi.inference.trees import dataset, judged, save_tree, tree, units_of
 from scivi.inputs.batches import Batch, chunks
+from scivi.inputs.subset import Subset, evenly
 from scivi.models.binding import Bound, bind, seeded, stream_seed
 from scivi.models.sites import sample_sites
 from scivi.models.template import Template
@@ -35,35 +36,7 @@ Start = Callable[[], dict[str, Tensor]]  # a starting value for each latent, ane
 WARMUP, WARMUP_GIVEN = 500, 200  # draws in which a chain adapts (our choice; the second: benchmarks/nuts.py)
 # Latents up to which coordinates are chosen that whiten draws of the guide, so many for each (our choice).
 MOST_WHITENED, WHITENED_BY = 64, 30
-STEPS = (
-    10  # leapfrog steps of a draw, to foresee how long a run is (our choice: 7 to 31 in benchmarks/nuts.py)
-)
-
-
-@dataclass
-class Subset:
-    """Some rows of a source, as a source; ``fingerprint`` is that of the whole."""
-
-    source: Any
-    row: str
-    places: np.ndarray
-    sizes: Mapping[str, int]
-    coords: Mapping[str, np.ndarray]
-    nbytes: int
-    fingerprint: str
-
-    def read(self, index: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Fields by name; ``index`` counts the rows that were taken."""
-        places = self.places[np.asarray(index[self.row])] if self.row in index else self.places
-        return self.source.read({**index, self.row: places})
-
-
-def evenly(source: Any, row: str, rows: int) -> Subset:
-    """So many rows of a source, evenly spread from the first to the last."""
-    places = np.linspace(0, source.sizes[row] - 1, rows).round().astype(int)
-    coords = {d: np.asarray(source.coords[d]) for d in source.sizes}
-    coords[row] = coords[row][places]
-    return Subset(source, row, places, {**source.sizes, row: rows}, coords, source.nbytes, source.fingerprint)
+STEPS = 10  # leapfrog steps of a draw, to foresee how long a run is (ours: 7 to 31 in benchmarks/nuts.py)
 
 
 def nuts(
