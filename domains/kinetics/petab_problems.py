@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
@@ -270,30 +270,6 @@ def faults_of_data(
         if low and each.transformation != "lin":
             found.append(f'observable "{each.name}": {low} measurements are not above 0, on a log scale')
     return found
-
-
-def at_nominal(problem: Problem) -> np.ndarray:
-    """Nominal values of the estimated parameters, on the linear scale.
-
-    Raises:
-        DataError: listing those that have none.
-    """
-    lacking = [each.name for each in problem.estimated if each.nominal is None]
-    if lacking:
-        raise DataError(f"there is no nominal value of {', '.join(lacking)}.")
-    return np.array([each.nominal for each in problem.estimated], float)
-
-
-def with_fixed(problem: Problem, values: Mapping[str, float]) -> Problem:
-    """A problem in which some parameters are not estimated but have these values."""
-    unknown = sorted({*values} - {each.name for each in problem.parameters})
-    if unknown:
-        raise DataError(f"there is no parameter {', '.join(unknown)} in the problem.")
-    parameters = tuple(
-        replace(each, nominal=float(values[each.name]), is_estimated=False) if each.name in values else each
-        for each in problem.parameters
-    )
-    return replace(problem, parameters=parameters)
 
 
 def _plain(table: Mapping[str, Any]) -> dict[str, Any]:

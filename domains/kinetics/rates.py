@@ -141,21 +141,12 @@ def system_of(found: Fluxes, parameters: Sequence[str]) -> System:
     return equations(rate, found.states, parameters, jacobian=jacobian, slope=slope, timed=timed)
 
 
-def mass_action_form(network: Network, parameters: Sequence[str] | None = None) -> MassAction | None:
-    """The reactions of a network, if all have rates coefficient x product of at most two species.
+def mass_action_of(found: Fluxes) -> MassAction | None:
+    """Rates as reactions, if all are coefficient x product of at most two species; else None.
 
     A rate that is a sum, as of a reversible reaction, makes several. Coefficients may be any formula of
-    parameters, and change sides with their sign; None if one depends on time.
-
-    Args:
-        network: without faults.
-        parameters: that stay symbols; the others keep their values. All if not given.
+    parameters, and change sides with their sign, but not depend on time.
     """
-    return mass_action_of(fluxes(network, parameters))
-
-
-def mass_action_of(found: Fluxes) -> MassAction | None:
-    """As ``mass_action_form``, of rates."""
     place = {symbol(name): i for i, name in enumerate(found.states)}
     if not all(rate.is_polynomial(*place) for rate in list[Any](found.rates)):
         return None

@@ -47,7 +47,6 @@ class Polished:
         ess: effective size of all draws.
         log_weight: of each draw, from which ``analysis`` tells whether they can be believed.
         points: the draws, (draw, D).
-        moved_sd: by how much the mean moved, in starting sd, the largest of the coordinates.
     """
 
     loc: Tensor
@@ -55,7 +54,6 @@ class Polished:
     ess: float
     log_weight: tuple[float, ...]
     points: Tensor
-    moved_sd: float
 
 
 def polish(bound: Bound, rows: Rows, per_dim: int, *, rounds: int = 4, draws: int = 160) -> Polished:
@@ -78,10 +76,10 @@ def polish(bound: Bound, rows: Rows, per_dim: int, *, rounds: int = 4, draws: in
         )
     with torch.no_grad():
         loc, tril = module.loc.detach().double(), module.scale_tril.double()
-        start, dims = (loc, tril @ tril.mT), len(loc)
+        starting, dims = tril @ tril.mT, len(loc)
         posteriors = _posteriors(bound, module, rows, plan, per_dim)
         points, density, proposals = torch.empty(0, dims).double(), torch.empty(0).double(), []
-        mean, covariance, ess = loc, start[1], 0.0
+        mean, covariance, ess = loc, starting, 0.0
         for _ in range(rounds):
             proposal = MultivariateStudentT(mean.new_tensor(FREEDOM), mean, torch.linalg.cholesky(covariance))
             new = proposal.sample(torch.Size([draws]))
@@ -97,11 +95,10 @@ def polish(bound: Bound, rows: Rows, per_dim: int, *, rounds: int = 4, draws: in
             share = ess / (
                 ess + 0.5 * dims * dims
             )  # as many effective draws as a covariance has numbers: a half
-            covariance = share * (away.mT * weight) @ away + (1 - share) * start[1]
+            covariance = share * (away.mT * weight) @ away + (1 - share) * starting
         log_weight = density - mixture
         told = tuple(round(w, 4) for w in (log_weight - log_weight.max()).clamp_min(-100.0).tolist())
-    moved = float(((mean - start[0]) / start[1].diagonal().sqrt()).abs().max())
-    return Polished(mean.to(module.loc), covariance.to(module.loc), ess, told, points, moved)
+    return Polished(mean.to(module.loc), covariance.to(module.loc), ess, told, points)
 
 
 def _posteriors(

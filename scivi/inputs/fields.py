@@ -277,20 +277,6 @@ class Tally:
         return faults
 
 
-def faults_in(name: str, field: Field, values: np.ndarray, first_row: int = 0) -> list[str]:
-    """Faults in the entries of one field, at most one line each kind, with count and first place.
-
-    Args:
-        name: the field's name.
-        field: what is expected of it.
-        values: entries, dims as ``field.dims``.
-        first_row: number of the first entry along the first dim, for messages on chunks.
-    """
-    tally = Tally(name, field)
-    tally.add(values, (first_row, *(0,) * (values.ndim - 1)) if values.ndim else ())
-    return tally.faults()
-
-
 def raise_faults(faults: list[str], name: str) -> None:
     """Raise one ``DataError`` that lists all faults, if there are any."""
     if faults:

@@ -212,10 +212,6 @@ class GaussianChain(TorchDistribution):
         square = (x * times(self.diagonal, self.off, x)).sum(-1)
         return 0.5 * (self.elimination.log_determinant - square - self.event_shape[0] * _LOG_2PI)
 
-    def entropy(self) -> Tensor:
-        """In nats, (*)."""
-        return 0.5 * (self.event_shape[0] * (1 + _LOG_2PI) - self.elimination.log_determinant)
-
 
 class Autoregressive(TorchDistribution):
     """A stationary path x_t = mean + phi (x_(t-1) - mean) + scale e_t, with standard normal e.
@@ -273,16 +269,5 @@ class Autoregressive(TorchDistribution):
         step = (x[..., 1:] - self.phi[..., None] * x[..., :-1]).square().sum(-1)
         left = 1 - self.phi.square()
         square = (step + left * x[..., 0].square()) / self.step_scale.square()
-        length = self.event_shape[0]
-        return 0.5 * (left.log() - square - length * _LOG_2PI) - length * self.step_scale.log()
-
-    def expected_log_prob(self, of: Moments) -> Tensor:
-        """Mean log density of a path with these moments, (*)."""
-        x, phi = of.mean - self.centre[..., None], self.phi[..., None]
-        second = x.square() + of.variance
-        cross = x[..., 1:] * x[..., :-1] + of.covariance
-        step = (second[..., 1:] - 2 * phi * cross + phi.square() * second[..., :-1]).sum(-1)
-        left = 1 - self.phi.square()
-        square = (step + left * second[..., 0]) / self.step_scale.square()
         length = self.event_shape[0]
         return 0.5 * (left.log() - square - length * _LOG_2PI) - length * self.step_scale.log()

@@ -33,35 +33,6 @@ def perceptron(
     return nn.Sequential(*layers, head)
 
 
-class SetEncoder(nn.Module):
-    """An encoder of sets: the same map of each element, their mean over present elements, another map.
-
-    Args:
-        inputs: features of an element.
-        outputs: features out.
-        width: of the maps between.
-
-    References:
-        Zaheer et al. 2017, Deep Sets, arXiv:1703.06114.
-    """
-
-    def __init__(self, inputs: int, outputs: int, width: int = 64) -> None:
-        super().__init__()
-        self.element, self.whole = (
-            perceptron(inputs, width, (width,)),
-            perceptron(width + 1, outputs, (width,)),
-        )
-
-    def forward(self, elements: Tensor, present: Tensor | None = None) -> Tensor:
-        """Encode (*batch, element, inputs); ``present`` (*batch, element) is True where an element counts."""
-        if present is None:
-            present = torch.ones(elements.shape[:-1], dtype=torch.bool, device=elements.device)
-        weight = present.to(elements.dtype).unsqueeze(-1)
-        count = weight.sum(-2)
-        mean = (self.element(elements) * weight).sum(-2) / count.clamp_min(1.0)
-        return self.whole(torch.cat([mean, torch.log1p(count)], -1))
-
-
 class SequenceEncoder(nn.Module):
     """An encoder of sequences: a stack of dilated convolutions that sees both sides of each step.
 

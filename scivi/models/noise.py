@@ -26,12 +26,6 @@ def noise_shape(fn: Any) -> tuple[int, ...] | None:
     return None
 
 
-def noise_size(fn: Any) -> int | None:
-    """Numbers of noise in ``noise_shape``."""
-    shape = noise_shape(fn)
-    return None if shape is None else torch.Size(shape).numel()
-
-
 def put(fn: Any, noise: Tensor) -> Tensor:
     """Value of ``fn`` at given standard normal noise, as ``rsample`` would compute it.
 

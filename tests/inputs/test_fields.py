@@ -8,7 +8,14 @@ import torch
 from torch.distributions import constraints
 
 from scivi.errors import TemplateError
-from scivi.inputs.fields import Field, Tally, check_fields, describe_support, faults_in, outside_support
+from scivi.inputs.fields import Field, Tally, check_fields, describe_support, outside_support
+
+
+def faults_in(name: str, field: Field, values: np.ndarray, first_row: int = 0) -> list[str]:
+    tally = Tally(name, field)
+    tally.add(values, (first_row, *[0] * (values.ndim - 1)))
+    return tally.faults()
+
 
 COUNT = Field(("source", "band"), "observed", constraints.nonnegative_integer)
 RATIO = Field(("source",), "given", constraints.positive)

@@ -17,7 +17,7 @@ from scivi.inputs.fields import Field
 from scivi.models.binding import bind, seeded
 from scivi.models.flows import FlowSpec, conditional_flow, flow_distribution
 from scivi.models.guides import JointNormal, MeanField, global_normal
-from scivi.models.noise import noise_shape, noise_size, push
+from scivi.models.noise import noise_shape, push
 from scivi.models.normals import SinhArcsinh, TrilAffine, inverse_tril, laplace, skew_normal, solve_spd
 from scivi.models.template import Template
 
@@ -289,7 +289,6 @@ CASES = {name: (fn, shape) for name, fn, shape in cases()}
 def test_pushed_noise_is_the_draw_that_rsample_makes_with_its_density(name):
     fn, shape = CASES[name]
     assert noise_shape(fn) == shape
-    assert noise_size(fn) == int(np.prod(shape))
     torch.manual_seed(0)
     value = fn.rsample((6,))
     torch.manual_seed(0)
@@ -311,7 +310,6 @@ def test_what_is_no_map_of_normal_noise_is_told():
         dist.Gamma(torch.ones(2), 1.0).to_event(1),
     ):
         assert noise_shape(fn) is None
-        assert noise_size(fn) is None
 
 
 @pytest.mark.parametrize("d", [1, 2, 3])

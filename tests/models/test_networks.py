@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scivi.models.binding import seeded
-from scivi.models.networks import SequenceEncoder, SetEncoder, perceptron
+from scivi.models.networks import SequenceEncoder, perceptron
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -29,23 +29,6 @@ def test_a_correction_starts_at_zero():
     with seeded(0):
         tenth = perceptron(5, 3, last=0.1)(random(6, 5)).detach()
     torch.testing.assert_close(tenth, 0.1 * whole)
-
-
-def test_a_set_has_no_order_and_absent_elements_do_not_count():
-    net, elements = SetEncoder(4, 2, width=16), random(3, 7, 4)
-    out = net(elements)
-    assert out.shape == (3, 2)
-    torch.testing.assert_close(net(elements[:, torch.randperm(7)]), out)
-    present = torch.arange(7).expand(3, 7) < 5
-    spoiled = torch.where(present.unsqueeze(-1), elements, torch.full_like(elements, 99.0))
-    torch.testing.assert_close(net(spoiled, present), net(elements[:, :5]))
-    assert not torch.allclose(net(elements[:, :5]), out)
-
-
-def test_a_set_knows_how_many_it_holds_and_may_be_empty():
-    net, one = SetEncoder(4, 2), random(1, 1, 4)
-    assert not torch.allclose(net(one), net(one.expand(1, 3, 4)))
-    assert bool(torch.isfinite(net(one, torch.zeros(1, 1, dtype=torch.bool))).all())
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from domains.kinetics import experiments, petab_tables
 from domains.kinetics.experiments import Experiments, prepare
-from domains.kinetics.petab_problems import Observable, Problem, at_nominal, faults_of_data, with_fixed
+from domains.kinetics.petab_problems import Observable, Problem, faults_of_data
 from scivi.errors import DataError, TemplateError, Unsupported
 from scivi.ode.solve import solve
 
@@ -31,6 +31,11 @@ BOEHM = ROOT / "data" / "kinetics" / "Boehm_JProteomeRes2014"
 BRUNO = ROOT / ".." / "shared" / "data" / "kinetics" / "petab" / "Bruno_JExpBot2016"
 # negative log likelihood at the nominal values: AMICI, tests/benchmark_models/benchmark_models.yaml
 PUBLISHED = {"Boehm": (BOEHM, 138.22199693517703), "Bruno": (BRUNO, -46.688176988431806)}
+
+
+def nominal(problem: Problem) -> Tensor:
+    """Of the estimated parameters, on the linear scale."""
+    return torch.tensor([each.nominal for each in problem.estimated], dtype=torch.float64)
 
 
 def opened(name: str) -> tuple[Problem, xr.Dataset, float]:
@@ -82,13 +87,13 @@ def objective(ready: Experiments, data: xr.Dataset, scaled: Tensor, states: Tens
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_objective_at_the_published_optimum(name):
     problem, data, published = opened(name)
-    ready, nominal = prepare(problem), torch.tensor(at_nominal(problem))
+    ready, known = prepare(problem), nominal(problem)
     assert faults_of_data(problem, {k: v.values for k, v in data.items()}, data.coords) == []
-    found = objective(ready, data, experiments.scaled(problem, nominal))
+    found = objective(ready, data, experiments.scaled(problem, known))
     assert float(found) == pytest.approx(published, abs=1e-3)
-    settings = ready.settings(nominal)
+    settings = ready.settings(known)
     states = by_radau(ready, settings.p, settings.y0, data["time"].values)
-    found = objective(ready, data, experiments.scaled(problem, nominal), states)
+    found = objective(ready, data, experiments.scaled(problem, known), states)
     assert float(found) == pytest.approx(published, abs=1e-4)  # AMICI's own tolerances
 
 
@@ -96,7 +101,7 @@ def test_objective_at_the_published_optimum(name):
 def test_trajectories_are_those_of_radau(name):
     problem, data, _ = opened(name)
     ready = prepare(problem)
-    settings = ready.settings(torch.tensor(at_nominal(problem)))
+    settings = ready.settings(nominal(problem))
     expected = by_radau(ready, settings.p, settings.y0, data["time"].values)
     found = solve(
         ready.system,
@@ -113,7 +118,7 @@ def test_trajectories_are_those_of_radau(name):
 def test_gradient_vanishes_at_the_optimum_of_boehm():
     problem, data, _ = opened("Boehm")
     ready = prepare(problem)
-    scaled = experiments.scaled(problem, torch.tensor(at_nominal(problem))).requires_grad_()
+    scaled = experiments.scaled(problem, nominal(problem)).requires_grad_()
     objective(ready, data, scaled).backward()
     assert scaled.grad is not None
     inside = [each.lower is not None and each.nominal > 1.01 * each.lower for each in problem.estimated]
@@ -124,7 +129,7 @@ def test_gradient_vanishes_at_the_optimum_of_boehm():
 def test_gradient_is_that_of_differences():
     problem, data, _ = opened("Boehm")
     ready = prepare(problem)
-    at = (experiments.scaled(problem, torch.tensor(at_nominal(problem))) + 0.03).requires_grad_()
+    at = (experiments.scaled(problem, nominal(problem)) + 0.03).requires_grad_()
     along = torch.linspace(-1, 1, len(at), dtype=torch.float64)
     objective(ready, data, at).backward()
     assert at.grad is not None
@@ -137,7 +142,7 @@ def test_gradient_is_that_of_differences():
 def test_totals_are_weighed_by_the_volumes_of_their_conditions():
     problem, data, _ = opened("Boehm")
     ready = prepare(problem)
-    settings = ready.settings(torch.tensor(at_nominal(problem)))
+    settings = ready.settings(nominal(problem))
     states = by_radau(ready, settings.p, settings.y0, data["time"].values)
     totals = torch.tensor(ready.totals[0]) @ states[0].T
     assert totals.shape == (2, 16)
@@ -149,7 +154,7 @@ def test_totals_are_weighed_by_the_volumes_of_their_conditions():
 def test_particles_and_conditions_are_a_batch():
     problem, data, _ = opened("Bruno")
     ready = prepare(problem)
-    values = torch.tensor(at_nominal(problem)) * torch.tensor([[1.0], [1.1], [0.9]])
+    values = nominal(problem) * torch.tensor([[1.0], [1.1], [0.9]])
     settings = ready.settings(values)
     assert settings.p.shape == (3, 6, 6)
     assert settings.y0.shape == (3, 6, 7)
@@ -480,7 +485,11 @@ def test_moments_of_jumps_cannot_be_estimated(tmp_path):
     problem, _ = petab_tables.read(written(tmp_path, changes))
     with pytest.raises(Unsupported, match='rates jump at time on, which depends on start, in "begun"'):
         prepare(problem)
-    assert prepare(with_fixed(problem, {"start": 4.0})).stops.tolist() == [[100], [4], [2]]
+    known = [
+        replace(each, nominal=4.0, is_estimated=False) if each.name == "start" else each
+        for each in problem.parameters
+    ]
+    assert prepare(replace(problem, parameters=tuple(known))).stops.tolist() == [[100], [4], [2]]
 
 
 def test_compartments_that_change_after_equilibration_are_refused(tmp_path):

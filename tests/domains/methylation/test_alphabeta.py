@@ -142,7 +142,6 @@ def test_alphabeta_finds_planted_rates(somatic):
     found = (fit.gain, fit.loss, fit.weight, fit.intercept)
     assert found == pytest.approx(truth, rel=1e-5)  # exact but for the optimiser's tolerance
     assert fit.value < 1e-18
-    assert fit.n_agreeing >= 1
 
 
 def test_alphabeta_lists_what_it_cannot_be_fitted_to():
