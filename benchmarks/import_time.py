@@ -28,11 +28,7 @@ from statistics import median
 
 from record import write_json
 
-COMMANDS = {
-    "pass": ("-c", "pass"),
-    "import": ("-c", "import scivi"),
-    "help": ("-m", "scivi.cli", "--help"),
-}
+COMMANDS = {"pass": ("-c", "pass"), "import": ("-c", "import scivi"), "help": ("-m", "scivi.cli", "--help")}
 LOADED = """
 import sys
 import scivi

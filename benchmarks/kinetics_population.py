@@ -237,13 +237,7 @@ def main() -> None:
         "fit_s": float(seconds[1]),
     }
     print("\n" + "\n".join(f"{name:28s} {value:.4f}" for name, value in figures.items()))
-    settings = {
-        "seeds": given.seeds,
-        "first": given.first,
-        "experiments": SEEN,
-        "held": HELD,
-        "threads": 1,
-    }
+    settings = {"seeds": given.seeds, "first": given.first, "experiments": SEEN, "held": HELD, "threads": 1}
     write_json(given.json, __doc__.splitlines()[0], figures, settings)
 
 

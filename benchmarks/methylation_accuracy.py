@@ -285,12 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--loci", type=int, default=100_000)
-    parser.add_argument(
-        "--part",
-        nargs="+",
-        choices=PARTS,
-        default=PARTS,
-    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     given = parser.parse_args()
     use_threads()

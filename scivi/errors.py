@@ -5,7 +5,7 @@ Each is also the builtin that fits, so that ``except ValueError`` keeps its mean
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -64,9 +64,16 @@ class TrustWarning(UserWarning):
     """Predictions of a posterior that the report does not trust."""
 
 
-def listed(title: str, faults: Iterable[str]) -> str:
-    """One message for many faults: a title, then a line per fault."""
-    return "\n".join([title, *(f"  - {fault}" for fault in faults)])
+def listed(title: str, faults: Iterable[str], most: int | None = None) -> str:
+    """One message for many faults: a title, then a line for each, or for the first so many."""
+    told = [*faults]
+    rest = [] if most is None or len(told) <= most else [f"and {len(told) - most} more"]
+    return "\n".join([title, *(f"  - {fault}" for fault in [*told[:most], *rest])])
+
+
+def few(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def missing_extra(package: str, extra: str) -> Unsupported:

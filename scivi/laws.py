@@ -38,10 +38,8 @@ from scivi.models.binding import Bound, bind, seeded
 from scivi.models.sites import sample_sites, value_of
 from scivi.models.template import Template
 
-ROWS, OTHERS = (
-    24,
-    2,
-)  # entries of a row dim and of any other, where there are no data (our choice: quick, uneven)
+# Entries of a row dim and of any other, where there are no data (our choice: quick, uneven).
+ROWS, OTHERS = 24, 2
 RECOVERY_ROWS = 100
 REPEATS = 40  # random partitions into minibatches
 WORST_Z = 4.0  # standard errors; by chance once in 15 000 templates
@@ -470,9 +468,8 @@ def _recovery(one: Subject, repeats: int) -> str:
             inside.setdefault(name, []).append(
                 ((truth[name].values >= low) & (truth[name].values <= high)).reshape(-1)
             )
-            fixed = (
-                posterior[name].values.std((0, 1)).reshape(-1) == 0
-            )  # such as the diagonal of a correlation
+            # Such as the diagonal of a correlation.
+            fixed = posterior[name].values.std((0, 1)).reshape(-1) == 0
             inside[name][-1] = np.where(fixed, np.nan, inside[name][-1])
     covered = {
         f"{name}[{j}]": column for name, rows_ in inside.items() for j, column in enumerate(np.array(rows_).T)

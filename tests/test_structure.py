@@ -67,10 +67,7 @@ INSIDE_FUNCTIONS = {
 }
 
 # Process-wide state, and code in saved files.
-EXEMPT = {
-    ("scivi.laws", "pyro.get_param_store"),
-    ("scivi.inference.capture", "torch.set_num_threads"),
-}
+EXEMPT = {("scivi.laws", "pyro.get_param_store"), ("scivi.inference.capture", "torch.set_num_threads")}
 FORBIDDEN = {
     "pyro.param",
     "pyro.module",

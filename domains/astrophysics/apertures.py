@@ -57,11 +57,9 @@ def fields(dim: str, background: Background) -> dict[str, Field]:
         background: "flat" conditions on ``n_off``, "known" takes ``background`` in its place.
     """
     dims = ("source", dim)
-    whole, positive, nonnegative = (
-        constraints.nonnegative_integer,
-        constraints.positive,
-        constraints.nonnegative,
-    )
+    whole = constraints.nonnegative_integer
+    positive = constraints.positive
+    nonnegative = constraints.nonnegative
     off = Field(dims, "observed", whole, "ct", "counts in the background aperture")
     found = {
         "n_on": Field(dims, "observed", whole, "ct", "counts in the source aperture"),

@@ -52,9 +52,8 @@ class Prior:
     brightness_mean: float = 0.0  # ln(flux unit); centre of the population's mean in the first band
     brightness_sd: float = 5.0  # ln(flux unit)
     colour_sd: float = 3.0  # ln(flux ratio); of the mean colours
-    scatter: float = (
-        2.0  # ln(flux); half-normal scale of the population's scatter, in brightness and in colours
-    )
+    # ln(flux); half-normal scale of the population's scatter, in brightness and in colours.
+    scatter: float = 2.0
     correlation: float = 2.0  # LKJ concentration; 1 is uniform
     background_mean: float = 0.0  # ln(counts in the source aperture)
     background_sd: float = 5.0  # ln(counts)

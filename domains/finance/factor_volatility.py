@@ -298,11 +298,7 @@ def backtest(
 
 
 def _scored(
-    known: Known,
-    y: xr.DataArray,
-    weights: Mapping[str, float] | None,
-    paths: int,
-    levels: Sequence[float],
+    known: Known, y: xr.DataArray, weights: Mapping[str, float] | None, paths: int, levels: Sequence[float]
 ) -> xr.Dataset:
     """Forecast and scores of one day, with returns (series,)."""
     drawn = portfolio(forecast(known, 1, paths)["returns"].isel(horizon=0, drop=True), weights)

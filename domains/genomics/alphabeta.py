@@ -439,9 +439,8 @@ def _minimise(
     start: np.ndarray, problem: _Problem, bounds: tuple[float, float, float, float]
 ) -> np.ndarray | None:
     """Gain, loss, weight and intercept at a minimum; None if none is reached."""
-    scale = (
-        np.sqrt((problem.observed**2).mean()) or 1.0
-    )  # so that tolerances mean the same for small divergences
+    # So that tolerances mean the same for small divergences.
+    scale = np.sqrt((problem.observed**2).mean()) or 1.0
 
     def residuals(z: np.ndarray) -> np.ndarray:
         values = np.append(np.exp(z[:2]), z[2:] * np.array([1.0, scale]))

@@ -74,10 +74,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.first = nn.Linear(form.n_latent, hidden)
         self.rest = nn.Sequential(nn.LayerNorm(hidden), nn.SiLU(), nn.Dropout(form.dropout))
-        self.last, self.direct = (
-            _quiet(nn.Linear(hidden, n_outputs)),
-            _quiet(nn.Linear(form.n_latent, n_outputs)),
-        )
+        self.last = _quiet(nn.Linear(hidden, n_outputs))
+        self.direct = _quiet(nn.Linear(form.n_latent, n_outputs))
         k = form.n_shifts
         self.batch_hidden = nn.Parameter(torch.zeros(k, hidden)) if k else None
         self.batch_outputs = nn.Parameter(torch.zeros(k, n_outputs)) if k else None

@@ -156,9 +156,8 @@ class Hairpins(TorchDistribution):
         if self.there is not None:
             state = torch.where(self.there, state, 2)
         first, second = state.unbind(-1)
-        table = self.log_read.flatten(-2)[..., :8].flatten(
-            -2
-        )  # the ninth is the pair of which nothing is read
+        # The ninth is the pair of which nothing is read.
+        table = self.log_read.flatten(-2)[..., :8].flatten(-2)
 
         def total(parent: Tensor, daughter: Tensor) -> Tensor:
             found = functional.one_hot(3 * parent + daughter, 9)[..., :8].flatten(-2).to(table.dtype)

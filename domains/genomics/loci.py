@@ -184,10 +184,8 @@ def _inverse_cholesky(precision: Tensor) -> Tensor:
     A likelihood that is no normal can seem to widen the prior: where the scatter is larger than at the point
     where that was found, by more than there is.
     """
-    half, differ = (
-        0.5 * (precision[..., 0, 0] + precision[..., 1, 1]),
-        0.5 * (precision[..., 0, 0] - precision[..., 1, 1]),
-    )
+    half = 0.5 * (precision[..., 0, 0] + precision[..., 1, 1])
+    differ = 0.5 * (precision[..., 0, 0] - precision[..., 1, 1])
     least = half - (differ.square() + precision[..., 0, 1].square()).sqrt()
     lift = (0.2 - least).clamp_min(0.0)
     p, q, r = precision[..., 0, 0] + lift, precision[..., 0, 1], precision[..., 1, 1] + lift

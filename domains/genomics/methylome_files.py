@@ -355,10 +355,8 @@ class Reader:
         loci = loci[loci["total"] > 0]
         starts = np.flatnonzero(np.diff(loci["chrom"], prepend=-1))
         for start, stop in zip(starts, [*starts[1:], len(loci)][: len(starts)], strict=True):
-            name, span = (
-                names[loci["chrom"][start]],
-                (sample.n_lines + int(start), sample.n_lines + int(stop)),
-            )
+            name = names[loci["chrom"][start]]
+            span = (sample.n_lines + int(start), sample.n_lines + int(stop))
             before = sample.places.get(name, (span[0], span[0]))
             if before[1] != span[0]:
                 reason = "the chromosome stands above, apart from this line; sort the file"

@@ -99,9 +99,8 @@ def gather(
 
 
 def _raise(faults: list[str]) -> None:
-    more = [f"and {len(faults) - _SAID} more"] if len(faults) > _SAID else []
     if faults:
-        raise DataError(listed("the files cannot be gathered:", [*faults[:_SAID], *more]))
+        raise DataError(listed("the files cannot be gathered:", faults, _SAID))
 
 
 def _misuse(
@@ -270,12 +269,7 @@ class CountTable:
             uns["pedigree"] = table.assign(parent=table["parent"].fillna("")) if "parent" in table else table
         write_elem(self.root, "/", AnnData(obs=obs, var=var, layers=layers, uns=uns))
         codes = [f"obs/{name}/codes" for name in words]
-        self._names = [
-            "obs/_index",
-            *codes,
-            "obs/start",
-            *(f"layers/{n}" for n in layers),
-        ]
+        self._names = ["obs/_index", *codes, "obs/start", *(f"layers/{n}" for n in layers)]
 
     def _array(self, name: str) -> Any:
         """The array along the rows of that name, made anew so that it can grow."""

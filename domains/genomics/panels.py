@@ -84,9 +84,8 @@ class Prior:
     kappa_sd: float = 0.5  # ln
     kappa_protein_sd: float = 0.2  # ln; by how much a protein's own differs from it
     scatter: float = 0.5  # ln; half-normal scale of the background's scatter, and of the droplets' factor
-    protein_dispersion: float = (
-        6.0  # centre of the proteins' inverse dispersions; 6.6 in Mule et al.'s empties
-    )
+    # Centre of the proteins' inverse dispersions; 6.6 in Mule et al.'s empties.
+    protein_dispersion: float = 6.0
     protein_dispersion_sd: float = 1.0  # ln
     efficiency_sd: float = 0.3  # ln; of a batch's efficiency of capture, protein by protein
     fold_sd: float = 0.5  # ln; by how much a protein's fold differs between cells' states, roughly

@@ -57,11 +57,7 @@ def step(reproduction: Reproduction, gain: Tensor, loss: Tensor) -> Matrix:
         )
     if reproduction == "division":
         none = torch.zeros_like(gain)
-        return (
-            (keep_u, gain, none),
-            (0.5 * keep_u, 0.5 * (gain + loss), 0.5 * keep_m),
-            (none, loss, keep_m),
-        )
+        return ((keep_u, gain, none), (0.5 * keep_u, 0.5 * (gain + loss), 0.5 * keep_m), (none, loss, keep_m))
     return ((keep_u, gain), (loss, keep_m))
 
 

@@ -26,9 +26,8 @@ from scivi.errors import DataError, Unsupported, listed
 from scivi.inputs.fields import Field
 from scivi.ode.system import System
 
-_LEAST = (
-    1e-300  # mean on a log scale, of one that is not above 0 (our choice: as unlikely as can be, and no NaN)
-)
+# Mean on a log scale, of one that is not above 0 (our choice: as unlikely as can be, and no NaN).
+_LEAST = 1e-300
 
 
 def fields(problem: Problem, row: str, support: Any = None) -> dict[str, Field]:

@@ -19,9 +19,8 @@ from sympy import Expr, Piecewise, Symbol
 
 from scivi.errors import DataError
 
-FLOOR = (
-    1e-30  # least base of a power that is no whole number (our choice: its tenth power is still a float64)
-)
+# Least base of a power that is no whole number (our choice: its tenth power is still a float64).
+FLOOR = 1e-30
 
 _TOKEN = re.compile(
     r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[A-Za-z_]\w*|&&|\|\||[<>=!]=|\*\*|[-+*/^()<>!,])", re.ASCII

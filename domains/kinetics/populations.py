@@ -365,10 +365,7 @@ def rehearsed(
 
 
 def _faults(
-    problem: Problem,
-    varying: Sequence[str],
-    start: Mapping[str, Sequence[float]] | None,
-    prior: Prior | None,
+    problem: Problem, varying: Sequence[str], start: Mapping[str, Sequence[float]] | None, prior: Prior | None
 ) -> list[str]:
     found = [
         *problem.faults(),

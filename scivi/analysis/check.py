@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
+from scivi.errors import few
+
 Counts = Literal["decides", "care", "note"]
 
 RICHER = (
@@ -30,14 +32,7 @@ class Check:
 
 
 def either(
-    name: str,
-    value: float,
-    threshold: float,
-    ok: bool,
-    counts: Counts,
-    good: str,
-    bad: str,
-    advice: str = "",
+    name: str, value: float, threshold: float, ok: bool, counts: Counts, good: str, bad: str, advice: str = ""
 ) -> Check:
     """A check with one sentence for passing and another, with advice, for failing."""
     return Check(name, float(value), threshold, bool(ok), counts, good if ok else bad, "" if ok else advice)
@@ -62,7 +57,6 @@ def worst(table: xr.Dataset, key: str, where: str) -> tuple[float, str]:
     return float(values[at]), str(table[where].values[at])
 
 
-def listed(table: xr.Dataset, bad: np.ndarray, most: int = 4) -> str:
+def listed(table: xr.Dataset, bad: np.ndarray) -> str:
     """Names of the failed variables, the first few."""
-    names = [str(v) for v in table["variable"].values[bad]]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return few([str(v) for v in table["variable"].values[bad]])

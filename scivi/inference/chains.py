@@ -250,11 +250,9 @@ def pyro_chain(density: Potential, first: Tensor, length: Length, bar: tqdm) -> 
     path: list[Sequence[Tensor]] = []
     stats: dict[str, list[float]] = {name: [] for name in STATS}
     for k in range(length.warmup + length.draws):
-        before, calls, accepted = (
-            float(cast(Tensor, kernel._fetch_from_cache()[1])),
-            energy.calls,
-            kernel._mean_accept_prob,
-        )
+        before = float(cast(Tensor, kernel._fetch_from_cache()[1]))
+        calls = energy.calls
+        accepted = kernel._mean_accept_prob
         point = kernel.sample(point)
         bar.update()
         if k < length.warmup:

@@ -57,9 +57,8 @@ from scivi.models.sites import row_dim_of, sample_sites
 
 Groups = dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]]  # by group and name: dims and values
 
-POOR_SHARE = (
-    0.2  # share of effective draws under which a row's amortised posterior counts as poor (our choice)
-)
+# Share of effective draws under which a row's amortised posterior counts as poor (our choice).
+POOR_SHARE = 0.2
 FEWEST_EFFECTIVE = 100  # draws of a population: a mean is known to a tenth of its sd (our choice)
 PROPOSED = 4  # proposals of which a corrected draw is taken (our choice)
 MOST_CHUNKS = 2**32  # chunks along one row dim: each has a stream of its own

@@ -183,10 +183,8 @@ def _go_back(
     with state.sampling():
         error = diagnose(state, objective, plan, steps)
     state.unpack(*good)
-    state.wall_s, state.restarts = (
-        wall_s,
-        [*restarts, {"step": error.step, "site": error.site, "rows": list(error.rows[:20])}],
-    )
+    state.wall_s = wall_s
+    state.restarts = [*restarts, {"step": error.step, "site": error.site, "rows": list(error.rows[:20])}]
     state.lr_factor, state.stopped = 0.5 ** len(state.restarts), stopped  # a signal to stop holds
     if len(state.restarts) > plan.restarts:
         state.stopped = "diverged"

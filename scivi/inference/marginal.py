@@ -304,11 +304,8 @@ def objective(
     latents = [k for k in {**posterior, **prior} if k not in data]
     kl = {k: cast(Tensor, prior.get(k, 0.0) - posterior.get(k, 0.0)) for k in latents}
     value = cast(Tensor, sum(data.values()) + beta * sum(kl.values()))
-    return (
-        -(value + own),
-        value,
-        {**data, **kl},
-    )  # the guide's own part: minus KL(posterior || guide), up to a constant
+    # The guide's own part is minus KL(posterior || guide), up to a constant.
+    return -(value + own), value, {**data, **kl}
 
 
 def global_module(bound: Bound) -> JointNormalGuide | None:
@@ -325,12 +322,7 @@ def global_module(bound: Bound) -> JointNormalGuide | None:
 
 
 def log_marginal(
-    bound: Bound,
-    module: JointNormalGuide,
-    theta: Tensor,
-    batch: Batch,
-    plan: Layout,
-    per_dim: int,
+    bound: Bound, module: JointNormalGuide, theta: Tensor, batch: Batch, plan: Layout, per_dim: int
 ) -> Tensor:
     """Log density of some rows given the globals at ``theta`` (D,), each row integrated and counted once.
 

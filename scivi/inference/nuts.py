@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scivi.errors import PlanError, TemplateError, listed
+from scivi.errors import PlanError, TemplateError, few, listed
 from scivi.inference.capture import Function
 from scivi.inference.chains import STATS, Chain, Length, chosen, nutpie_chain, nutpie_chains, pyro_chain
 from scivi.inference.draws import check_rows
@@ -137,8 +137,9 @@ def _pair(template: Template, source: Any, given: Fit | None, seed: int) -> tupl
     with seeded(stream_seed(seed, "init")), quiet():
         learnt = _learnt(bound, example)
     if learnt and given is None:
+        names = few([f'"{name}"' for name in learnt], 3)
         raise TemplateError(
-            f'the model of "{template.name}" contains learnt networks ({_few(learnt)}), which NUTS '
+            f'the model of "{template.name}" contains learnt networks ({names}), which NUTS '
             f"does not sample. Fit the template first and pass given=fit: they are then held fixed at those "
             f"of the fit."
         )
@@ -149,12 +150,6 @@ def _pair(template: Template, source: Any, given: Fit | None, seed: int) -> tupl
 
 def _no_guide(batch: Batch, prior: Any, nets: Any) -> None:
     """NUTS needs none."""
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f'"{n}"' for n in names[:most]) + more
 
 
 def _learnt(bound: Bound, batch: Batch) -> list[str]:

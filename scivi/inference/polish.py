@@ -92,9 +92,8 @@ def polish(bound: Bound, rows: Rows, per_dim: int, *, rounds: int = 4, draws: in
             ess = float(1 / weight.square().sum())
             mean = weight @ points
             away = points - mean
-            share = ess / (
-                ess + 0.5 * dims * dims
-            )  # as many effective draws as a covariance has numbers: a half
+            # As many effective draws as a covariance has numbers: a half.
+            share = ess / (ess + 0.5 * dims * dims)
             covariance = share * (away.mT * weight) @ away + (1 - share) * starting
         log_weight = density - mixture
         told = tuple(round(w, 4) for w in (log_weight - log_weight.max()).clamp_min(-100.0).tolist())

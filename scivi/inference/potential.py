@@ -26,9 +26,8 @@ from scivi.models.binding import Bound, bind
 from scivi.models.sites import sample_sites, value_of
 from scivi.models.template import Template
 
-OPERATION_S = (
-    3e-6  # one operation of a captured graph, measured on one core with tensors of 10 to 1000 entries
-)
+# One operation of a captured graph, measured on one core with tensors of 10 to 1000 entries.
+OPERATION_S = 3e-6
 NUMBERS_AT_ONCE = 2**22  # in the largest tensor of a call (our choice: 32 MB)
 TRIES = 100  # random starting points (as in Pyro)
 COMPILING_S = 10.0  # seconds of such operations from which compiling pays (our choice: it takes 5 to 20)

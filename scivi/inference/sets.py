@@ -151,10 +151,7 @@ def _by_label(template: Template, table: Table, fields: Mapping[str, Field], ove
             faults += [f'{over} "{label}": {line.removeprefix("  - ")}' for line in lines]
     if not faults:
         return None
-    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-    return DataError(
-        listed(f'the data cannot be used with template "{template.name}":', faults[:SHOWN] + more)
-    )
+    return DataError(listed(f'the data cannot be used with template "{template.name}":', faults, SHOWN))
 
 
 def _one(source: TableSource, over: str, place: int) -> Table:

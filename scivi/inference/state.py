@@ -413,9 +413,8 @@ def new_state(bound: Bound, feed: Feed, plan: Plan, team: Team | None = None) ->
                 f"is meant, since the guide works out each posterior by itself, say so by "
                 f'Template(plan={{"steps": 0}}).'
             )
-        parameters = [
-            torch.zeros(0, device=some.device, requires_grad=True)
-        ]  # an optimiser takes one at least
+        # An optimiser takes one at least.
+        parameters = [torch.zeros(0, device=some.device, requires_grad=True)]
     makers = {
         "adam": lambda: torch.optim.Adam(parameters, lr=plan.lr, fused=True),
         "sgd": lambda: torch.optim.SGD(parameters, lr=plan.lr, momentum=0.9),

@@ -29,9 +29,8 @@ KNOWN = (
     "mlflow, mlflow=FOLDER or mlflow=ADDRESS (http://..., sqlite:///...)",
     "prometheus or prometheus=FILE.prom",
 )
-HASHED = (
-    12  # first characters of the data's hash, in names and labels (our choice: enough to tell data apart)
-)
+# First characters of the data's hash, in names and labels (our choice: enough to tell data apart).
+HASHED = 12
 _AT_ONCE = 100  # parameters that MLflow takes in one call
 _LONGEST = 500  # characters of a parameter (MLflow takes 6000 at most; more than this nobody reads)
 

@@ -116,11 +116,7 @@ def _of_element(element: Any, dims: tuple[str, ...]) -> Column:
         gap = np.array(None if text else np.nan)
         dtype = np.dtype(object if text else float)
         return from_disk(
-            lambda key: np.where(mask[key], gap, values[key]),
-            dims,
-            values.shape,
-            dtype,
-            chunk=_chunk(values),
+            lambda key: np.where(mask[key], gap, values[key]), dims, values.shape, dtype, chunk=_chunk(values)
         )
     if encoding == "categorical":
         categories = _of_element(element["categories"], ("category",))

@@ -134,10 +134,8 @@ def make_batch(
         if f.role == "observed" and array.dtype.kind == "f":
             missing = tensor.isnan()
             if name in gaps or bool(missing.any()):
-                masks[name], tensor = (
-                    ~missing,
-                    torch.where(missing, torch.full_like(tensor, f.feasible), tensor),
-                )
+                masks[name] = ~missing
+                tensor = torch.where(missing, torch.full_like(tensor, f.feasible), tensor)
         values[name] = tensor
     places = {k: torch.as_tensor(v, device=device) for k, v in index.items()}
     return Batch(values, masks, dict(sizes), rows, places)

@@ -14,14 +14,7 @@ from typing import Any, Literal, cast
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from scivi.models.guides import (
-    JointGuide,
-    JointNormalGuide,
-    Slot,
-    Start,
-    refuse_discrete,
-    slots_of,
-)
+from scivi.models.guides import JointGuide, JointNormalGuide, Slot, Start, refuse_discrete, slots_of
 from scivi.models.normals import TrilAffine
 from scivi.models.sites import Site
 
@@ -93,13 +86,7 @@ class JointFlowGuide(JointGuide):
     """The module of ``Flow``: ``flow`` shapes and bends standard normal noise, ``normal`` places it."""
 
     def __init__(
-        self,
-        slots: Sequence[Slot],
-        start: Tensor,
-        scale: float,
-        spec: FlowSpec,
-        nesting: int,
-        bends: int = 2,
+        self, slots: Sequence[Slot], start: Tensor, scale: float, spec: FlowSpec, nesting: int, bends: int = 2
     ) -> None:
         super().__init__(slots, nesting)
         self.normal = JointNormalGuide(slots, start, scale, None, nesting)

@@ -166,11 +166,7 @@ def _concave(aa: Tensor, ab: Tensor, bb: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def quadratics(
-    prior: Autoregressive,
-    link: Link,
-    coupled: bool,
-    accuracy: Accuracy,
-    start: Quadratics | None = None,
+    prior: Autoregressive, link: Link, coupled: bool, accuracy: Accuracy, start: Quadratics | None = None
 ) -> Quadratics:
     """The quadratics of the chain nearest to a path's posterior, (*, T).
 
@@ -186,11 +182,7 @@ def quadratics(
 
 @torch.no_grad()
 def settled(
-    prior: Autoregressive,
-    link: Link,
-    coupled: bool,
-    accuracy: Accuracy,
-    start: Quadratics | None = None,
+    prior: Autoregressive, link: Link, coupled: bool, accuracy: Accuracy, start: Quadratics | None = None
 ) -> tuple[Quadratics, Tensor]:
     """``quadratics``, and how far the last step but one moved a mean of each path, in sd, (*)."""
     if start is None:
@@ -203,9 +195,8 @@ def settled(
         variance, covariance = chain.elimination.spread()
         step = chain.mean - m.mean
         far = (step.abs() / variance.sqrt()).amax(-1)
-        step = step * (
-            2.0 / step.abs().amax(-1, keepdim=True).clamp_min(2.0)
-        )  # of log variance: a factor e^2
+        # Of log variance: a factor e^2.
+        step = step * (2.0 / step.abs().amax(-1, keepdim=True).clamp_min(2.0))
         m = Moments(m.mean + step, variance, covariance)
         # full steps end soon, or go to and fro, as with very heavy tails: then half steps end
         found = found.towards(_fitted(link, m, accuracy.fit, coupled), 1.0 if taken < accuracy.full else 0.5)

@@ -12,18 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Slope = Callable[
-    [Tensor], tuple[Tensor, Tensor]
-]  # points (*, rows, d) to log density (*, rows) and its gradient
+# Points (*, rows, d) to log density (*, rows) and its gradient.
+Slope = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 FIRST = 0.05  # variance of each coordinate before anything is known of it (our choice)
 SETTLED = 1e-3  # nats: a row is done when a step promises less
 APART = 0.3  # sd: differences for the curvature, wide enough for single precision
 PROBE = 2.0  # sd: how far out the widths to either side are taken
 NARROWEST, WIDEST = 0.4, 2.5  # of those widths, in sd
-FLATTEST = (
-    3.0**2
-)  # largest variance of a direction, on the unbounded scale: nothing is known of a flatter one
+# Largest variance of a direction, on the unbounded scale: nothing is known of a flatter one.
+FLATTEST = 3.0**2
 
 
 # Of the bend: heavier than a normal's, so that importance weights have light tails. Of 40 series of returns

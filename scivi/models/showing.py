@@ -7,17 +7,13 @@ import re
 from typing import Any
 
 from scivi import shown
+from scivi.errors import few
 
 
 def short(template: Any) -> str:
     """A template on one line."""
-    observed = ", ".join(template.observed)
-    return f'Template "{template.name}": {observed} over {", ".join(template.rows)}; reports {_few(template)}'
-
-
-def _few(template: Any, most: int = 6) -> str:
-    names = list(template.dims)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    observed, reported = ", ".join(template.observed), few(list(template.dims), 6)
+    return f'Template "{template.name}": {observed} over {", ".join(template.rows)}; reports {reported}'
 
 
 def page(template: Any) -> str:

@@ -73,13 +73,7 @@ def _step_by_step(system: System, p: Tensor, path: Path, values: Tensor) -> tupl
 
 
 def _pulled(
-    system: System,
-    step: Step,
-    p: Tensor,
-    u: Tensor,
-    lu: tuple[Tensor, Tensor],
-    made: Tensor,
-    by: Weights,
+    system: System, step: Step, p: Tensor, u: Tensor, lu: tuple[Tensor, Tensor], made: Tensor, by: Weights
 ) -> tuple[Tensor, Tensor]:
     """From gradients of a step's outcome (4, B, state) to those of its y, beyond y itself, and of p."""
     to_u = (by.out.T @ made.flatten(1)).view_as(u)

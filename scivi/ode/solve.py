@@ -16,9 +16,8 @@ from scivi.ode.path import ENTRIES_AT_ONCE, SENTENCES, Path, Reason, Tolerance, 
 from scivi.ode.system import System
 
 Method = Literal["auto", "rodas5p", "dopri5", "dopri8"]
-STIFF = (
-    100.0  # |eigenvalue| x time beyond which stability and not accuracy sets the explicit step (our choice)
-)
+# |eigenvalue| x time beyond which stability and not accuracy sets the explicit step (our choice).
+STIFF = 100.0
 DIFFERENCE = 1e-4  # of a parameter or state, for second derivatives (our choice)
 PILOTS, PILOT_RTOL = 4, 1e-3  # entries solved to see how stiff they are, and how well (our choice)
 

@@ -13,10 +13,8 @@ from scivi.ode.path import Reason, Tolerance, integrate
 from scivi.ode.solve import Solution
 from scivi.ode.system import System
 
-HORIZON, NEWTON_STEPS = (
-    1e12,
-    8,
-)  # as good as for ever in any unit of time; quadratic from so near (our choice)
+HORIZON = 1e12  # as good as for ever, in any unit of time (our choice)
+NEWTON_STEPS = 8  # quadratic from so near (our choice)
 
 
 def steady(

@@ -110,9 +110,7 @@ def status(folder: Folder, *, as_json: Json = False) -> None:
 
 @app.command()
 def watch(
-    folder: Folder,
-    *,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    folder: Folder, *, every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0
 ) -> None:
     """Follow a study in the terminal, until all fits have ended. Works without torch."""
     from rich.console import Console

@@ -224,9 +224,7 @@ def parts(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             exactly(count, *(np.full(len(count), x) for x in (log_mean, scatter, theta)))
             for log_mean, theta in ((log_background, low), (log_background + log_fold, high))
         )
-        columns.append(
-            (background + special.log_expit(-logit), foreground + special.log_expit(logit)),
-        )
+        columns.append((background + special.log_expit(-logit), foreground + special.log_expit(logit)))
     return tuple(np.array(columns).transpose(1, 2, 0))
 
 

@@ -140,8 +140,7 @@ def test_every_fault_is_listed_at_once(here):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
-    [("fits = 3", "[[fits]]"), ("x = ", "not valid TOML"), ("", "no [[fits]]")],
+    ("text", "words"), [("fits = 3", "[[fits]]"), ("x = ", "not valid TOML"), ("", "no [[fits]]")]
 )
 def test_no_study_is_told_as_such(here, text, words):
     with pytest.raises(StudyError, match=words.replace("[", r"\[")):

@@ -365,10 +365,7 @@ def test_data_of_another_panel_are_told_where_they_differ():
     panel = cells.panel(in_memory())
     template, table = citeseq.make(panel), cells.table(in_memory(), panel)
     names = np.array(["CD3", "CD4", "CD8", "IgG"])
-    wrong = table | {
-        "protein": (("protein",), names),
-        "batch": (("cell",), np.full(N, "z")),
-    }
+    wrong = table | {"protein": (("protein",), names), "batch": (("cell",), np.full(N, "z"))}
     with pytest.raises(DataError) as caught:
         open_data(template, wrong)
     for words in (
@@ -376,10 +373,7 @@ def test_data_of_another_panel_are_told_where_they_differ():
         'field "batch": 30 of 30 entries are none of a, b; the first is "z" at cell=0',
     ):
         assert words in str(caught.value)
-    fewer = {
-        "rna": (("cell", "gene"), rna_counts()[:, :5]),
-        "gene": (("gene",), np.array(GENES[:5])),
-    }
+    fewer = {"rna": (("cell", "gene"), rna_counts()[:, :5]), "gene": (("gene",), np.array(GENES[:5]))}
     with pytest.raises(DataError, match='dim "gene" has 8 entries in the template but 5 in field "rna"'):
         open_data(template, table | fewer)
     turned = table | {"protein": (("protein",), np.array(PROTEINS[::-1]))}

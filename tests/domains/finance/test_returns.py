@@ -86,10 +86,7 @@ RETURNS = 100 * np.log(PRICES[["a"]]).diff().iloc[1:]
         (PRICES.to_numpy(), r"prices are ndarray; .*pandas\.DataFrame\(numbers, index=days"),
         (Path("prices.csv"), r"need a table of pandas.*read_csv\(path, index_col=0, parse_dates=True\)"),
         (xr.Dataset({"close": ("day", [1.0, 2.0])}), r"need one of its variables, such as data\['close'\]"),
-        (
-            RETURNS,
-            "40% of the numbers are negative, .*: give returns, in percent, to from_returns",
-        ),
+        (RETURNS, "40% of the numbers are negative, .*: give returns, in percent, to from_returns"),
         (PRICES.rename_axis("date").reset_index(), r'column "date" holds dates: set_index\("date"\)'),
     ],
 )

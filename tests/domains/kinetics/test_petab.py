@@ -367,10 +367,7 @@ def test_scales_of_parameters_are_undone(tmp_path):
 
 
 FAULTS = {
-    "parameters": (
-        "scale_a|log|1e-3|1e3|3|1\n",
-        "scale_a|log|0|many|3|2\nk1|lin|0|1|1|1\nk1|ln|2|1|1|1\n",
-    ),
+    "parameters": ("scale_a|log|1e-3|1e3|3|1\n", "scale_a|log|0|many|3|2\nk1|lin|0|1|1|1\nk1|ln|2|1|1|1\n"),
     "conditions": ("plain|nothing set|NaN|||\n", "plain|nothing set|-1|ghost||\nplain|||||\n"),
     "observables": ("obs_t|B + time * k2", "obs_t|Z + time * k2"),
     "measurements": (
@@ -410,12 +407,7 @@ def test_all_faults_of_a_petab_problem_are_listed_at_once(tmp_path):
             "conditionName|ghost",
             '"ghost" is neither a parameter nor a species',
         ),
-        (
-            "conditions",
-            "conditionName|A|k2",
-            "conditionName|A|k1",
-            '"k1" is in the parameter table as well',
-        ),
+        ("conditions", "conditionName|A|k2", "conditionName|A|k1", '"k1" is in the parameter table as well'),
         (
             "conditions",
             "begun|A set by a parameter|start",

@@ -12,14 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from methylation_accuracy import (
-    GAIN,
-    LOSS,
-    OFF,
-    equilibrium,
-    of_genotypes,
-    simulated,
-)
+from methylation_accuracy import GAIN, LOSS, OFF, equilibrium, of_genotypes, simulated
 from scipy.stats import betabinom
 
 import scivi
