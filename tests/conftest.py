@@ -24,18 +24,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What runs by default, and what runs together.
+    """What runs, and what runs together.
 
-    Hundreds of fits run where markers are asked for, by ``-m slow -k sbc`` say. Of several processes one does
-    all of a file, whose fits are made once, and one all that needs the machine's only Slurm.
+    Slow tests run where anything is asked for (a path, ``-k``, ``-m``), hundreds of fits where "sbc" is, and
+    neither with ``pytest`` alone. Of several processes one does all of a file, whose fits are made once, and
+    one all that needs the machine's only Slurm.
     """
     for item in items:
         group = "slurm" if item.get_closest_marker("slurm") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
-    if not config.getoption("markexpr"):
-        for item in items:
-            if item.get_closest_marker("sbc"):
-                item.add_marker(pytest.mark.skip(reason="300 fits, minutes: pytest -m slow -k sbc"))
+    asked = config.getoption("markexpr") + config.getoption("keyword")
+    everything = {config.rootpath / path for path in config.getini("testpaths")}
+    alone = not asked and {config.rootpath / path for path in config.args} == everything
+    left_out = [name for name, on in (("slow", alone), ("sbc", "sbc" not in asked)) if on]
+    out = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in {*out}]
 
 
 @pytest.fixture(autouse=True)

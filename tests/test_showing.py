@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 
@@ -220,7 +221,15 @@ class Interrupter:
     def close(self) -> None: ...
 
 
-def test_an_interrupted_fit_is_a_fit_that_says_so():
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C reaches this process, also where it was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_fit_is_a_fit_that_says_so(heard):
     plan = replace(PLAN, steps=100_000)
     fit = scivi.fit(SCHOOLS, TABLE, plan, record=Interrupter(), progress=False)
     assert 30 <= fit.provenance["fit"]["steps"] <= 40

@@ -30,7 +30,9 @@ from scivi.ode.system import System
 _LEAST = 1e-300
 
 
-def fields(problem: Problem, row: str, support: Any = None) -> dict[str, Field]:
+def fields(
+    problem: Problem, row: str, support: constraints.Constraint = constraints.real
+) -> dict[str, Field]:
     """The fields of a table of measurements.
 
     Args:

@@ -43,6 +43,7 @@ def pair(n: int = 300, known: int = 600, seed: int = 0) -> tuple[np.ndarray, np.
     return rows(n, rng), rows(known, rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "known"), [(40, 80), (3, 50)])
 def test_false_alarms_are_as_many_as_alpha_says(n, known):
     at_most, repeats = [], 300

@@ -134,6 +134,7 @@ def assert_recovered(posterior: xr.Dataset, truth: xr.Dataset) -> None:
         assert abs(float(draws.mean()) - wanted) < 3 * float(draws.std()), name
 
 
+@pytest.mark.slow
 def test_the_population_is_recovered(fitted):
     _, truth, fit, posterior = fitted
     assert fit.provenance["fit"]["estimator"] == "marginal"
@@ -141,6 +142,7 @@ def test_the_population_is_recovered(fitted):
     assert all(float(np.log(posterior[n]).std()) < 0.5 for n in ("scatter", "variability", "timescale"))
 
 
+@pytest.mark.slow
 def test_intervals_of_the_sources_hold_the_truth(fitted):
     _, truth, _, posterior = fitted
     for name in ("log_brightness", "log_brightness_mean", "fractional_rms"):
@@ -150,6 +152,7 @@ def test_intervals_of_the_sources_hold_the_truth(fitted):
         assert abs(held - 0.9) < 0.07, name
 
 
+@pytest.mark.slow
 def test_epochs_without_counts_are_less_certain(fitted):
     data, _, _, posterior = fitted
     sd, gone = posterior.log_brightness.std("draw").values, data.n_on.isnull().values
@@ -161,6 +164,7 @@ def test_epochs_without_counts_are_less_certain(fitted):
     assert np.median(missing / there) > 1.3
 
 
+@pytest.mark.slow
 def test_sources_given_the_population_match_importance_sampling(fitted):
     """Draws of the prior, weighted by the likelihood in numpy."""
     data, _, fit, _ = fitted
@@ -201,6 +205,7 @@ def test_sources_given_the_population_match_importance_sampling(fitted):
     assert checked >= 4
 
 
+@pytest.mark.slow
 def test_many_epochs_follow_the_elbo_and_forecast():
     data, truth = scivi.simulate(KNOWN, {"source": 50, "epoch": 18}, seed=5)
     ahead = data.assign(n_on=data.n_on.where(data.epoch < 14))  # the last four are to come
@@ -251,6 +256,7 @@ def test_independent_epochs_need_no_times():
     assert "timescale" not in truth
 
 
+@pytest.mark.slow
 def test_a_fit_is_loaded_by_another_process(tmp_path):
     template = light_curves.make("scatter", "flat")
     data, _ = scivi.simulate(template, {"source": 5, "epoch": 3}, seed=3)

@@ -47,6 +47,7 @@ def interval(n_on: int, n_off: int, alpha: float) -> tuple[float, float, float]:
     return float(s[p.argmax()]), low, float(s[inside.max()])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHANDRA.exists(), reason="waits for the published Chandra intervals in ../shared")
 def test_aprates_intervals_of_the_template_match_the_published_ones():
     data = xr.open_dataset(CHANDRA, engine="h5netcdf").to_dataframe().reset_index()
@@ -60,6 +61,7 @@ def test_aprates_intervals_of_the_template_match_the_published_ones():
     assert np.quantile(errors, 0.95) <= 0.02
 
 
+@pytest.mark.slow
 def test_the_population_of_a_thousand_sources_is_that_of_quadrature():
     rows = simulate_catalogue(3000, seed=11)
     columns = {"n_on": rows.n_on, "n_off": rows.n_off}
@@ -85,6 +87,7 @@ def test_the_guide_of_a_source_is_its_posterior():
     assert score(rows[:200], theta, guide_of(fit, theta))["kl"].median() <= 0.008
 
 
+@pytest.mark.slow
 def test_sources_without_counts_fit():
     fit = scivi.fit(photons.template, table(n_on=[0, 4], n_off=[0, 9]), QUICK, progress=False)
     found = scivi.draw(fit, table(n_on=[0, 4], n_off=[0, 9]), 100)
@@ -134,6 +137,7 @@ def test_the_real_field_gives_finite_posteriors_and_a_positive_definite_covarian
     assert smallest > -1e-6  # float32 epsilon times the condition of a correlation of .99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", ["hierarchical", "known"])
 def test_selection_is_divided_out(background):
     # A catalogue cut at 5 counts looks brighter than its sky; dividing the chance of detection out undoes it.

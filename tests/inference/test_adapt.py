@@ -302,6 +302,7 @@ def test_k_hat_is_the_shape_of_the_weights_tail(k):
     assert pareto_k(np.append(-k * np.log(u), np.nan)) == pytest.approx(k, abs=4 * (1 + k) / 600**0.5)
 
 
+@pytest.mark.slow
 def test_what_it_cannot_do_is_told():
     with pytest.raises(Unsupported, match="at most 200 latents together; here are 201"):
         scivi.fit(_many(201), {"y": np.zeros(201)}, progress=False)
@@ -385,6 +386,7 @@ def test_a_saved_fit_hands_out_the_same_draws_of_nuts(chains, tmp_path):
     xr.testing.assert_equal(first, second)
 
 
+@pytest.mark.slow
 def test_a_mode_without_bottom_is_left_for_chains():
     """Eight schools, centred: the density is unbounded where tau goes to zero, and chains diverge there."""
     pytest.importorskip("nutpie")

@@ -17,7 +17,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import nn
 
-from scivi.inference import capture, loop, stepper
+from scivi.inference import capture, finish, stepper
 from scivi.inference.loop import fit, train
 from scivi.inference.opening import begin, open_data
 from scivi.models.flows import conditional_flow, flow_distribution
@@ -137,6 +137,7 @@ def assert_same(template, data, knobs, how, *, keep=False):
         torch.testing.assert_close(ours[name], value, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_captured_step_is_the_eager_one(case, monkeypatch):
     monkeypatch.setattr(capture, "has_compiler", lambda: False)
@@ -144,12 +145,14 @@ def test_a_captured_step_is_the_eager_one(case, monkeypatch):
     assert_same(template, rows(12), knobs, "captured")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["subsampled", "batch norm"])
 def test_a_capture_that_is_compiled_is_the_eager_step(case):
     template, knobs = CASES[case]
     assert_same(template, MISSING if case == "subsampled" else rows(12), knobs, "compiled")
 
 
+@pytest.mark.slow
 def test_a_template_is_captured_once_for_fits_that_differ_in_numbers_alone(monkeypatch):
     monkeypatch.setattr(capture, "has_compiler", lambda: False)
     graphs, real = [], stepper.captured
@@ -183,6 +186,7 @@ def _seeded(function, x):
     return function(x)
 
 
+@pytest.mark.slow
 def test_constants_of_another_fit_are_noticed(monkeypatch):
     monkeypatch.setattr(capture, "has_compiler", lambda: False)
 
@@ -199,6 +203,7 @@ def test_constants_of_another_fit_are_noticed(monkeypatch):
         assert_same(template, rows(12), {"seed": seed}, "captured", keep=True)
 
 
+@pytest.mark.slow
 def test_a_captured_step_is_that_of_pyro(monkeypatch):
     monkeypatch.setattr(capture, "has_compiler", lambda: False)
     data, n = rows(12), 12
@@ -236,7 +241,7 @@ def test_a_captured_step_is_that_of_pyro(monkeypatch):
 
 def test_a_finish_by_captured_passes_is_the_eager_one_in_either_precision(monkeypatch):
     monkeypatch.setattr(capture, "has_compiler", lambda: False)
-    monkeypatch.setattr(loop, "FEW_ROWS", 4)
+    monkeypatch.setattr(finish, "FEW_ROWS", 4)
     template, found = hierarchy(OFF), {}
     for dtype, close in (("float32", 1e-4), ("float64", 1e-10)):  # rounding of a few dozen terms
         for how in ("on", "off", "on"):
@@ -248,6 +253,7 @@ def test_a_finish_by_captured_passes_is_the_eager_one_in_either_precision(monkey
     assert len(passes) == 4  # coarse and fine nodes, in two precisions
 
 
+@pytest.mark.slow
 def test_a_long_fit_is_captured_after_a_thousand_steps_wherever_it_is_stopped(monkeypatch):
     monkeypatch.setattr(capture, "has_compiler", lambda: False)
     monkeypatch.setattr(stepper, "PATIENCE", 30)

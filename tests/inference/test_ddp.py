@@ -295,6 +295,7 @@ def both(left: Path, name: str) -> list[Any]:
     return [json.loads((left / f"{name}.{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["photons", "cells"])
 def test_ddp_objective_and_gradient_are_those_of_one_process_in_expectation(name, left):
     first, second = both(left, name)
@@ -308,6 +309,7 @@ def test_ddp_objective_and_gradient_are_those_of_one_process_in_expectation(name
         assert (np.abs(gap.mean(0)) < 4 * error).all(), (gap.mean(0), error)
 
 
+@pytest.mark.slow
 def test_ddp_objective_and_gradient_without_draws_are_those_of_one_process(left):
     first, second = both(left, "exact")
     assert first == second
@@ -318,6 +320,7 @@ def test_ddp_objective_and_gradient_without_draws_are_those_of_one_process(left)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["photons", "cells"])
 def test_ddp_parameters_have_the_same_bits_after_every_step(name, left):
     first, second = (found[name] for found in both(left, "parameters"))
@@ -325,6 +328,7 @@ def test_ddp_parameters_have_the_same_bits_after_every_step(name, left):
     assert len(set(first["steps"])) == len(first["steps"]) == 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(STOPPING))
 def test_ddp_a_signal_to_one_process_stops_both_and_resume_is_exact(name, left):
     first, second = (found[name] for found in both(left, "stopping"))
@@ -339,6 +343,7 @@ def test_ddp_a_signal_to_one_process_stops_both_and_resume_is_exact(name, left):
     assert method == ("importance sampling" if name == "random" else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(STOPPING))
 def test_ddp_only_the_first_process_writes(name, left):
     assert {p.name for p in left.glob(f"{name} written by *")} == {f"{name} written by 0"}
@@ -349,6 +354,7 @@ def test_ddp_only_the_first_process_writes(name, left):
     assert not list(left.glob(".*.part"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(STOPPING))
 def test_ddp_a_fit_of_two_is_taken_up_by_one(name, left):
     template, knobs = STOPPING[name]
@@ -365,6 +371,7 @@ def test_ddp_a_fit_of_two_is_taken_up_by_one(name, left):
                 np.testing.assert_allclose(found["history"][key], one["history"][key], rtol=1e-9, err_msg=key)
 
 
+@pytest.mark.slow
 def test_ddp_a_divergence_is_the_same_for_all_and_names_rows_of_any(left):
     first, second = both(left, "diverging")
     assert first == second
@@ -376,12 +383,14 @@ def test_ddp_a_divergence_is_the_same_for_all_and_names_rows_of_any(left):
     assert (caught.value.site, caught.value.rows) == ("y", (7,))
 
 
+@pytest.mark.slow
 def test_ddp_processes_of_different_fits_are_refused(left):
     first, second = both(left, "disagreeing")
     assert first == second
     assert "the 2 processes of this fit were given different plan, data;" in first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [7, 100])
 def test_ddp_draws_in_one_store_are_those_of_one_process(at_once, left, monkeypatch):
     monkeypatch.setattr(draws, "rows_at_once", lambda bound, row, draws: at_once)
@@ -403,6 +412,7 @@ def test_ddp_draws_in_one_store_are_those_of_one_process(at_once, left, monkeypa
     assert not list(left.glob(".*zarr*"))
 
 
+@pytest.mark.slow
 def test_ddp_draws_elsewhere_are_written_by_the_first_alone(left):
     first, second = both(left, "drawing")
     assert first["lp"] == second["lp"]

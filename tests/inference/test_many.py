@@ -99,6 +99,7 @@ def test_draws_of_different_fits_are_independent():
     assert np.abs(correlation).max() < 6 / 200**0.5  # of 20,000 pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["trace", "analytic", "stl", "iwae"])
 def test_steps_are_those_of_fit_with_every_estimator(estimator):
     # before the first step it is compared with the eager one, of three stars, in objective and gradient
@@ -106,6 +107,7 @@ def test_steps_are_those_of_fit_with_every_estimator(estimator):
     assert (fits.history.objective.isel(log=1) < fits.history.objective.isel(log=0)).any()
 
 
+@pytest.mark.slow
 def test_a_fit_of_many_is_that_of_fit():
     data, template = stars(3), hierarchy(OFF)
     knobs = {"estimator": "trace", "particles": 4, "steps": 400, "lr": 0.05, "log_every": 50}
@@ -395,6 +397,7 @@ def test_a_template_with_nothing_to_learn_is_only_drawn():
     assert fits[102].provenance["fit"]["stopped"] == "nothing to learn"
 
 
+@pytest.mark.slow
 def test_a_field_may_be_common_to_all_and_a_dict_of_arrays_does():
     data, mean, sd = lines()
     full = replace(line, guide=JointNormal(), plan={})

@@ -63,6 +63,7 @@ def test_traps_tied_parameters():
     assert_same(replace(shared, guide=tied_guide, nets=lambda *_: Tied()), rows(12), {}, "captured")
 
 
+@pytest.mark.slow
 def test_traps_a_batch_of_another_size():
     knobs = {"rows_per_batch": 3, "rows_per_batch_max": 12, "grow_below": 1.0}
     assert_same(shared, rows(14), knobs, "captured")

@@ -60,6 +60,7 @@ def claims(guide: Family) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_a_bent_posterior_is_found_where_a_joint_normal_finds_none_of_it():
     """Monte Carlo errors of 8000 draws: means .011, sd_a .008, sd_b .02 (kurtosis 13), corr .001.
 

@@ -123,6 +123,7 @@ def test_summary_is_of_the_days_that_are_there():
     assert "log_score" in backtest.lines(backtest.summary(found))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Pareto k-hat")
 def test_the_template_fitted_forecasts_as_well_as_the_truth():
     # 120 days after 600 of fit: parameters cost of the order of 5 / (2 x 600) nats a day.

@@ -76,6 +76,7 @@ def test_density_has_mass_1_and_is_that_of_the_paths():
         assert share == pytest.approx(mass, abs=4 * np.sqrt(mass / 40_000) + 1e-3)
 
 
+@pytest.mark.slow
 def test_log_score_is_that_of_the_normal_that_made_the_returns():
     """Known parameters and 300 days to learn three loadings from: some .5 x 3 / 300 nats a day are lost."""
     table = simulated(700, seed=2)

@@ -241,6 +241,7 @@ def test_template_obeys_the_laws():
     assert laws.attrs["ok"], laws.to_pandas().to_string()
 
 
+@pytest.mark.slow
 def test_fit_finds_the_volatility():
     template = neural_volatility.make(width=16, layers=3)
     table, truth = scivi.simulate(template, {"window": 32, "day": 100}, seed=0)

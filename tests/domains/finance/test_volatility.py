@@ -121,6 +121,7 @@ def test_a_mean_field_guide_over_parameters_and_path_is_not_to_be_trusted():
     assert scivi.analysis.report(tree).attrs["verdict"] == "do not trust"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nu", [9.0, 22.0])
 def test_sum_over_paths_is_that_of_importance_sampling(nu):
     """Sixteen runs of a thousand paths each; tolerance three standard errors of their mean, and .05."""
@@ -252,6 +253,7 @@ def test_returns_drawn_along_a_path_have_its_moments():
     assert float(y.std()) == pytest.approx(sd, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [BASIC, volatility.template], ids=["basic", "default"])
 def test_laws(template):
     like, _ = scivi.simulate(template, {"series": 2, "day": 60}, seed=0)

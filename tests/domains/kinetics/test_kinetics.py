@@ -49,6 +49,7 @@ def against_reference(result: xr.DataTree) -> tuple[np.ndarray, np.ndarray]:
     return np.array(shift), np.array(ratio)
 
 
+@pytest.mark.slow
 def test_the_best_of_many_starts_is_found_more_than_once():
     template, table = lynx()
     found = search.modes(kinetics.form_of(template), table, starts=8, seed=3)

@@ -171,6 +171,7 @@ def bound_at(module: Any, mean: float, scatter: float) -> torch.Tensor:
     return torch.tensor([values[slot.name] for slot in module.slots], dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_population_is_that_of_a_grid():
     """Mean and log scatter on a grid of 200 x 200 by numpy, against 160 weighted draws.
 
@@ -275,6 +276,7 @@ def test_without_measurements_an_experiment_is_one_of_the_population():
     assert abs(mean[0, 0] - 0.3) > 1e-3
 
 
+@pytest.mark.slow
 def test_laws_hold():
     template, (table, _) = populations.make(noisy(), varying=("k",)), decayed(10, both=True)
     found = scivi.check(template, table)

@@ -122,6 +122,7 @@ def divided(molecules: int, sites: int, rng: np.random.Generator, *, in_vitro: b
     return {"reads": reads, "truth": truth}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_vitro", [False, True])
 def test_hairpin_rates_are_recovered(in_vitro):
     # Worst of some dozen numbers: 3.5 posterior sd is exceeded one time in a hundred.
@@ -155,6 +156,7 @@ def real_fit(real: xr.Dataset) -> scivi.Fit:
     return scivi.fit(hairpins.in_vitro, real, scivi.Plan(steps=150, stop=None, log_every=10), progress=False)
 
 
+@pytest.mark.slow
 def test_hairpin_posterior_of_real_daughters_is_that_of_nuts(real, real_fit):
     svi = scivi.draw(real_fit, real, 4000)
     nuts = scivi.nuts(hairpins.in_vitro, real, draws=500, warmup=200, chains=2, progress=False)
@@ -173,6 +175,7 @@ def test_hairpin_changes_show_that_the_enzyme_walks(real, real_fit):
     assert away < -3  # neighbours alike: as Goyal et al. 2006, NAR 34, 1182, found of Dnmt1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [hairpins.template, hairpins.stationary, hairpins.in_vitro])
 def test_hairpin_templates_obey_the_laws(template):
     found = scivi.check(template)

@@ -274,6 +274,7 @@ def test_misfits_name_a_sample_that_was_swapped(scattered):
     assert int(np.abs(z).argmax("sample")) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reproduction", ["clonal", "haploid", "division"])
 def test_other_ways_of_passing_on_are_fitted(reproduction):
     """Data of the template's own simulation; z of both rates below 4."""
