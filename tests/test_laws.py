@@ -230,6 +230,7 @@ def test_a_template_that_cannot_be_bound_is_told_once():
     assert (found.detail[1:] == "not tried: the template cannot be bound").all()
 
 
+@pytest.mark.slow
 def test_laws_and_simulations_keep_to_words_and_bounds():
     words = {"context": ("locus", ["CHG", "CG", "CHG"]), "total": ("locus", [9, 1, 5])}
     given = {
@@ -248,6 +249,7 @@ def test_data_that_do_not_fit_are_the_callers_fault():
         check(SCHOOLS, like=TABLE.drop_vars("sd"))
 
 
+@pytest.mark.slow
 def test_what_does_not_apply_says_so_and_data_may_be_short():
     before = TABLE.copy(deep=True)
     found = check(replace(SCHOOLS, guide=JointNormal()), like=TABLE)

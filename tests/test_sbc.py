@@ -73,6 +73,7 @@ def test_an_exact_guide_passes_and_a_narrow_one_fails(width, calibrated):
     assert p > 0.005 if calibrated else p < 1e-6
 
 
+@pytest.mark.slow
 def test_fits_are_made_at_once_where_that_is_the_same(monkeypatch):
     """A guide with parameters of its own and the plain bound: ``fit_many`` takes all of them together."""
     taken = []
@@ -128,6 +129,7 @@ def rows_and_level(**changes: Any) -> scivi.Template:
     return scivi.Template(name="rows", rows="row", model=local_model, fields=fields, dims=dims, **how)
 
 
+@pytest.mark.slow
 def test_a_row_of_each_data_set_is_ranked():
     table = xr.Dataset({"y": (("row", "time"), np.zeros((6, 3)))}, {"row": list("abcdef")})
     ranks = scivi.calibrate(rows_and_level(), table, fits=80, draws=99, progress=False)

@@ -200,6 +200,7 @@ def test_a_bare_posterior_is_doubted_not_refused(catalogue, tmp_path):
     assert "No importance weights were stored" in why(found)
 
 
+@pytest.mark.slow
 def test_tree_from_disk_without_torch_gives_the_same_report(catalogue, tmp_path):
     tree = catalogue(rows=20, draws=100, scale=0.7)
     tree.to_netcdf(tmp_path / "tree.nc", engine="h5netcdf")

@@ -38,6 +38,7 @@ def covariance(time: np.ndarray, timescale: float = TIMESCALE) -> np.ndarray:
     return SCATTER**2 + VARIABILITY**2 * np.exp(-apart / timescale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variability", "background"), [("ou", "hierarchical"), ("scatter", "flat")])
 def test_every_law_holds_for(variability, background):
     found = check(light_curves.make(variability, background), seed=1)

@@ -129,6 +129,7 @@ def test_overlapping_bands_are_refused_by_edges_and_by_name():
         scivi.fit(photons.template, by_edge, QUICK, progress=False)
 
 
+@pytest.mark.slow
 def test_the_real_field_gives_finite_posteriors_and_a_positive_definite_covariance():
     fit = scivi.fit(photons.template, FIELD, replace(QUICK, steps=40, newton=False), progress=False)
     posterior = scivi.draw(fit, FIELD, 50)["posterior"]
@@ -153,6 +154,7 @@ def test_selection_is_divided_out(background):
     assert abs(float(right.loc[0]) - mu) < abs(float(naive.loc[0]) - mu)
 
 
+@pytest.mark.slow
 def test_a_fit_is_loaded_by_another_process(tmp_path):
     prior = replace(photons.Prior(), scatter=1.5)
     template = photons.make("flat", prior=prior)

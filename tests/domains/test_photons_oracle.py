@@ -148,6 +148,7 @@ def test_aprates_sum_matches_integration_over_the_background(n_on, n_off, alpha)
     assert posterior.cdf(posterior._far()) == pytest.approx(1.0, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not CHANDRA.exists(), reason="waits for ../shared/data/photons, which is not part of the repository"
 )

@@ -345,6 +345,7 @@ def chains():
         return scivi.fit(template, {"y": np.zeros(1)}, progress=False)
 
 
+@pytest.mark.slow
 def test_where_no_guide_will_do_draws_of_nuts_are_kept(chains):
     finish = chains.provenance["fit"]["finish"]
     names = ["Student-t at the mode", "1 Student-t part at draws of NUTS"]
@@ -361,6 +362,7 @@ def test_where_no_guide_will_do_draws_of_nuts_are_kept(chains):
     assert len(np.unique(more)) == len(np.unique(a))
 
 
+@pytest.mark.slow
 def test_kept_draws_are_judged_by_their_chains(chains):
     """R-hat, effective size and divergences as recorded; changed ones change the verdict."""
     tree = scivi.draw(chains, {"y": np.zeros(1)}, 500)

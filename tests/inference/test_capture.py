@@ -239,6 +239,7 @@ def test_a_captured_step_is_that_of_pyro(monkeypatch):
     np.testing.assert_allclose([e["objective"] for e in history], means, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_finish_by_captured_passes_is_the_eager_one_in_either_precision(monkeypatch):
     monkeypatch.setattr(capture, "has_compiler", lambda: False)
     monkeypatch.setattr(finish, "FEW_ROWS", 4)

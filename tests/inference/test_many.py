@@ -150,6 +150,7 @@ def test_a_batch_of_slots_is_as_good_as_a_slot_for_each(monkeypatch):
     assert float(fits.history.window_steps.isel(log=-1)[0]) == 401 - 13 * 30
 
 
+@pytest.mark.slow
 def test_every_fit_stops_by_itself_and_leaves_the_others_as_they_are():
     data = stars(8)
     near = data.copy(deep=True)
@@ -193,6 +194,7 @@ def brittle_model(batch, prior, nets):
         batch.observe("y", dist.Normal(mu + 0.0 * (mu + 5.0).log(), NOISE))
 
 
+@pytest.mark.slow
 def test_a_fit_that_diverges_is_named_and_leaves_the_others_as_they_are():
     data, brittle = stars(6), replace(shared, model=brittle_model)
     data["y"] = data.y + 3.0

@@ -26,11 +26,13 @@ def uncompiled(request, monkeypatch):
         monkeypatch.setattr(capture, "has_compiler", lambda: False)
 
 
+@pytest.mark.slow
 def test_traps_a_parameter_without_dims_in_float64_compiled():
     # torch 2.13 loses in-place updates of such inputs; ours are part of a flat tensor
     assert_same(shared, rows(12), {}, "compiled")
 
 
+@pytest.mark.slow
 def test_traps_two_fields_that_are_one_tensor():
     def model(batch, prior, nets):
         mu = pyro.sample("mu", dist.Normal(batch.y.new_zeros(()), 2.0))
@@ -59,6 +61,7 @@ def tied_guide(batch, prior, nets):
     pyro.sample("mu", dist.Normal((nets.loc + nets.again + nets.inner.loc) / 2, nets.log_scale.exp()))
 
 
+@pytest.mark.slow
 def test_traps_tied_parameters():
     assert_same(replace(shared, guide=tied_guide, nets=lambda *_: Tied()), rows(12), {}, "captured")
 
@@ -126,6 +129,7 @@ def test_traps_a_parameter_outside_of_nets_is_refused():
     assert "nets" in told["why"]
 
 
+@pytest.mark.slow
 def test_traps_a_number_outside_that_changes_is_told(monkeypatch):
     monkeypatch.setattr(stepper, "CHECK_AFTER", 10)
     outside = {"width": 1.0, "calls": 0}
@@ -147,6 +151,7 @@ def test_traps_a_number_outside_that_changes_is_told(monkeypatch):
         fit(template, rows(12), plan(steps=60, log_every=10, compile="on"), record=Changes(), progress=False)
 
 
+@pytest.mark.slow
 def test_a_pair_that_is_not_captured_says_why_in_its_history():
     told = engine(shared)
     assert told["steps"] == "captured"

@@ -60,6 +60,7 @@ def test_stiff_gradient_forward_is_the_same(name):
     assert close(torch.einsum("bti,btip->bp", seen, of_y), found[1], 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(PROBLEMS))
 def test_stiff_gradient_against_finite_differences(name):
     """At a tolerance so tight that the steps' own choice does not matter."""
@@ -142,6 +143,7 @@ def test_gradient_in_pieces_is_the_same(monkeypatch):
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_stiff_gradient_can_be_differentiated_again():
     """The Hessian of a sum of squares, against autograd through the steps; differences are good to 1e-6."""
     problem = hires()

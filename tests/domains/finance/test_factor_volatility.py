@@ -57,6 +57,7 @@ def test_shared_tail_is_found():
     assert found[1] > 50
 
 
+@pytest.mark.slow
 def test_density_has_mass_1_and_is_that_of_the_paths():
     """Two series on a grid; the share of 40,000 paths in a quadrant within 4 standard errors."""
     table = simulated(nu=5.0).isel(series=slice(2))

@@ -233,6 +233,7 @@ def test_windows_are_slices_of_the_series():
         neural_volatility.windows(table, length=200)
 
 
+@pytest.mark.slow
 def test_template_obeys_the_laws():
     template = neural_volatility.make(3, width=8, layers=3)
     table, _ = scivi.simulate(template, {"window": 6, "day": 30}, seed=1)

@@ -161,6 +161,7 @@ def simulated():
     return scivi.simulate(volatility.template, {"series": 3, "day": 400}, seed=1)
 
 
+@pytest.mark.slow
 def test_several_series_are_fitted_at_once_as_each_alone(simulated):
     data, _ = simulated
     _, together = volatility.posterior(batch_of(data), volatility.Prior(), volatility.Kind())
@@ -178,6 +179,7 @@ def batch_of(data: xr.Dataset):
     return make_batch(arrays, fields, dict(data.sizes), ("series",), {}, device, torch.float32)
 
 
+@pytest.mark.slow
 def test_zeros_gaps_and_a_wild_day_leave_no_nan(simulated):
     data = simulated[0].copy(deep=True)
     data["returns"].values[0, 50:250:8] = 0.0

@@ -82,6 +82,7 @@ def both() -> tuple[list[Chain], list[Chain], list[int]]:
         return alone, nutpie_chains(many, firsts, length, seeds, bar), asked
 
 
+@pytest.mark.slow
 def test_chains_side_by_side_are_those_one_by_one(both):
     alone, together, asked = both
     for one, other in zip(alone, together, strict=True):
@@ -94,6 +95,7 @@ def test_chains_side_by_side_are_those_one_by_one(both):
     assert np.median(asked) == len(together)  # they wait for each other, till the first has ended
 
 
+@pytest.mark.slow
 def test_chains_side_by_side_are_of_the_normal(both):
     """Moments in closed form. 1600 draws, a quarter as many effective: .05 sd of a mean, .035 of an sd."""
     draws = torch.cat([chain.path for chain in both[1]]).numpy()

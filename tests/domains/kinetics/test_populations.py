@@ -141,6 +141,7 @@ def test_gradient_by_a_shared_parameter_is_that_of_differences(place):
         assert float(ours[k]) == pytest.approx(float(slope), rel=2e-3)
 
 
+@pytest.mark.slow
 def test_marginal_of_the_population_is_that_of_quadrature():
     """31 nodes about the encoder's normal against a grid of 2000 values, twelve rows in float32.
 

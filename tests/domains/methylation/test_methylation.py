@@ -167,6 +167,7 @@ def test_genotype_probabilities_of_held_out_loci(scattered):
     assert found["genotype_log_loss_ours_n3"] < found["genotype_log_loss_alone_n3"]
 
 
+@pytest.mark.slow
 def test_genotype_changes_along_edges_are_those_that_happened(scattered):
     """Expected epimutations of all edges against those of the simulation: Poisson error of their number."""
     template, _, drawn, _, states, _ = scattered
@@ -252,6 +253,7 @@ def test_a_missing_count_is_an_uncovered_one_in_divergences_too():
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_divergence_over_time_of_data_that_the_model_made(scattered):
     """Of 78 pairs, which share samples, more than 40 % outside of a 90 % interval would be a wrong model."""
     template, fit, _, _, _, table = scattered
@@ -262,6 +264,7 @@ def test_divergence_over_time_of_data_that_the_model_made(scattered):
     assert divergence.plot_divergence(found).get_ylabel().startswith("divergence")
 
 
+@pytest.mark.slow
 def test_misfits_name_a_sample_that_was_swapped(scattered):
     template, fit, _, _, _, table = scattered
     wrong = table.isel(locus=slice(0, 3000)).copy(deep=True)
