@@ -61,6 +61,7 @@ def level(**changes: Any) -> scivi.Template:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "calibrated"), [(1.0, True), (0.35, False)])
 def test_an_exact_guide_passes_and_a_narrow_one_fails(width, calibrated):
     # The truth lies in each outer tenth of the narrow guide's ranks with a chance of .33 instead of .1: of 80

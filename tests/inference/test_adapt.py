@@ -379,6 +379,7 @@ def test_kept_draws_are_judged_by_their_chains(chains):
     assert verdict(r_hat=1.06) == verdict(divergences=60) == "do not trust"
 
 
+@pytest.mark.slow
 def test_a_saved_fit_hands_out_the_same_draws_of_nuts(chains, tmp_path):
     scivi.save(chains, tmp_path / "fit")
     again = scivi.load(tmp_path / "fit", template=chains.template)

@@ -135,6 +135,7 @@ def test_rows_of_a_divergence_are_those_of_the_data_and_not_of_the_minibatch():
     assert caught.value.rows == (7,)
 
 
+@pytest.mark.slow
 def test_a_diverged_fit_goes_back_and_tells_so():
     """Descent of a quadratic diverges above 2 (1 + momentum) / curvature (Polyak 1964), here 3.8 * .36."""
 

@@ -247,6 +247,7 @@ def test_only_a_full_rank_normal_of_all_globals_can_be_finished():
         newton_finish(bind(low, batch, 0), over(batch), 5)
 
 
+@pytest.mark.slow
 def test_random_nodes_compile():
     def function(like, shift):
         points, log_weight = nodes(4, 7, like, n_random=64, shift=shift)

@@ -220,6 +220,7 @@ def test_bad_reactions_are_one_error():
         assert words in str(told.value)
 
 
+@pytest.mark.slow
 def test_a_large_batch_is_solved_in_pieces():
     """More entries than are held at once, each as alone."""
     problem = hires()

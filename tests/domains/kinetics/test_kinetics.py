@@ -236,6 +236,7 @@ def test_a_saved_fit_finds_its_template(tmp_path):
     json.dumps(dict(template.made[1]))
 
 
+@pytest.mark.slow
 def test_bands_and_directions():
     """B alone is seen after it has all come: the rate cannot be known, and the direction of it is named."""
     problem = replace(decay(), observables=(Observable("B seen", "B", "sd"),))
