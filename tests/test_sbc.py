@@ -183,8 +183,8 @@ def test_ranks_are_drawn_with_their_band():
 FAILING = {
     "citeseq": pytest.mark.xfail(
         strict=True,
-        reason="what cells share comes from the ELBO with amortised guides and learnt decoders: biased and "
-        "too narrow, which the report says of each of the fits (docs/how-we-measure.md)",
+        reason="what cells share comes from the ELBO with amortised guides: biased and too narrow, which the "
+        "report says of each of the fits (docs/how-we-measure.md)",
     )
 }
 
