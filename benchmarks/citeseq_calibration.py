@@ -20,14 +20,10 @@ import argparse
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyro
-import pyro.distributions as dist
-import torch
 from calibration import citeseq
 from record import use_threads, write_json
 from torch import nn
@@ -37,7 +33,7 @@ from domains.genomics import citeseq as domain
 from domains.genomics.cell_networks import Nets, _start
 from scivi.analysis import ranks
 from scivi.errors import TrustWarning
-from scivi.models import Batch, Template, guides, normals
+from scivi.models import Template, guides
 
 CELLS, DRAWS, LEVEL = 100, 200, 0.9
 
@@ -59,38 +55,19 @@ WAYS = {
 }
 
 
-class JointNets(Nets):
-    """The networks, with one normal of full rank for what cells share."""
-
-    def __init__(self, form: Any, prior: Any) -> None:
-        super().__init__(form, prior)
-        self.globals = guides.global_normal(*_start(form, prior))
-
-
-def joint_guide(batch: Batch, prior: Any, nets: Any, *, form: Any) -> None:
-    """The template's guide, whose globals are handed the batch."""
-    values = nets.globals(batch)
-    with batch.plate("cell"):
-        loc, tril, shift, stretch = nets.encoder(batch)
-        noise = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
-        values["z"] = pyro.sample("z", dist.TransformedDistribution(noise, [normals.TrilAffine(loc, tril)]))
-        centre, width = domain.factor_of_cells(batch, values, nets, form)
-        pyro.sample("droplet_factor", dist.Normal(centre + width * shift, width * stretch.exp()))
-
-
 def changed(template: Template, way: Way) -> Template:
     """The template fitted in a way."""
     form = domain.form_of(template)
 
     def nets(sizes: Mapping[str, int], prior: Any) -> nn.Module:
-        made = (JointNets if way.joint else Nets)(form, prior)
+        made = Nets(form, prior)
+        if way.joint:
+            made.globals = guides.global_normal(*_start(form, prior))
         for parameter in [made.start, *made.of_proteins.parameters()] if way.held else []:
             parameter.requires_grad_(False)
         return made
 
-    return replace(
-        template, nets=nets, guide=partial(joint_guide, form=form) if way.joint else template.guide
-    )
+    return replace(template, nets=nets)
 
 
 def ranked(name: str, fits: int) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from scivi.analysis import row_reliability
-from scivi.analysis.figures import Panels
+from scivi.analysis.figures import BLUE, MIDDLE, Panels
 from scivi.errors import DataError, missing_extra
 
 if TYPE_CHECKING:
@@ -81,10 +81,10 @@ def plot_spectra(result: xr.DataTree, *, ax: Where = None) -> Any:
     flux = np.exp(log_flux.values)
     mu, sigma = (posterior[name].mean(("chain", "draw")).values for name in ("mu", "sigma"))
     panel = Panels(ax, 1, (5.2, 3.4)).told
-    panel.plot(at, flux, "-", lw=0.4, color="#888888", alpha=0.5, zorder=1)
-    panel.fill_between(at, np.exp(mu - sigma), np.exp(mu + sigma), color="#4477AA", alpha=0.3, lw=0, zorder=2)
-    panel.plot(at, np.exp(mu), "o-", color="#4477AA", zorder=3, label="population, 68 % of sources")
-    panel.plot([], [], lw=0.8, color="#888888", label="sources, median")
+    panel.plot(at, flux, "-", lw=0.4, color=MIDDLE, alpha=0.5, zorder=1)
+    panel.fill_between(at, np.exp(mu - sigma), np.exp(mu + sigma), color=BLUE, alpha=0.3, lw=0, zorder=2)
+    panel.plot(at, np.exp(mu), "o-", color=BLUE, zorder=3, label="population, 68 % of sources")
+    panel.plot([], [], lw=0.8, color=MIDDLE, label="sources, median")
     panel.set(yscale="log", ylabel="flux", xlabel="band, at its energy" if edged else "band")
     if edged:
         panel.set_xscale("log")

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from domains.finance import forecasts, scores, volatility
 from domains.finance.forecasts import LEVELS, Filter
 from domains.finance.returns import from_prices, from_returns
-from scivi.analysis.figures import Panels
+from scivi.analysis.figures import BLUE, GREEN, INK, MIDDLE, RED, YELLOW, Panels
 from scivi.errors import DataError, SciVIError
 from scivi.inference.draws import draw
 from scivi.inference.loop import fit
@@ -186,8 +186,8 @@ def plot_backtest(found: xr.Dataset, series: str, *, ax: Where = None) -> Any:
     panel = Panels(ax, 1, (8.4, 3.0)).told
     one = found.sel(series=series)
     day, value = one["day"].values, one["returns"].values
-    panel.plot(day, value, ".", ms=3, color="#888888", label="return")
-    for level, colour in zip(one["level"].values, ("#EE6677", "#4477AA", "#228833", "#CCBB44"), strict=False):
+    panel.plot(day, value, ".", ms=3, color=MIDDLE, label="return")
+    for level, colour in zip(one["level"].values, (RED, BLUE, GREEN, YELLOW), strict=False):
         panel.plot(
             day,
             one["value_at_risk"].sel(level=level),
@@ -196,9 +196,7 @@ def plot_backtest(found: xr.Dataset, series: str, *, ax: Where = None) -> Any:
             label=f"value at risk, {level:.0%}",
         )
     lowest = value < one["value_at_risk"].sel(level=one["level"].min()).values
-    panel.plot(
-        day[lowest], value[lowest], "x", ms=5, color="#333333", label=f"undercut ({lowest.sum()} days)"
-    )
+    panel.plot(day[lowest], value[lowest], "x", ms=5, color=INK, label=f"undercut ({lowest.sum()} days)")
     panel.set(title=series, ylabel="percent")
     panel.legend(frameon=False, ncols=4, fontsize=8)
     return panel

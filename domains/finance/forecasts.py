@@ -47,7 +47,7 @@ from torch import Tensor
 from domains.finance import shocks
 from domains.finance.likelihood import Story
 from scivi.analysis import groups, pareto
-from scivi.analysis.figures import Panels
+from scivi.analysis.figures import BLUE, INK, Panels
 from scivi.errors import DataError
 
 if TYPE_CHECKING:
@@ -353,11 +353,11 @@ def fan_chart(
     day = found["day"].values
     if past is not None:
         y = past.sel(series=series).fillna(0.0)
-        panel.plot(y["day"].values, (y.cumsum("day") - y.sum("day")).values, color="#333333", lw=1)
+        panel.plot(y["day"].values, (y.cumsum("day") - y.sum("day")).values, color=INK, lw=1)
     for share, shade in zip(reversed(_BANDS), ("#D6E3F0", "#A9C4E0", "#7FA6CF"), strict=True):
         low, high = total.quantile([0.5 - share / 2, 0.5 + share / 2], "path").values
         panel.fill_between(day, low, high, color=shade, lw=0, label=f"{share:.0%}")
-    panel.plot(day, total.median("path").values, color="#4477AA", label="median")
+    panel.plot(day, total.median("path").values, color=BLUE, label="median")
     panel.set(title=series, ylabel="cumulated return (percent)")
     panel.legend(frameon=False)
     return panel

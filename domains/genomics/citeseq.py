@@ -171,7 +171,7 @@ def nets(sizes: Mapping[str, int], prior: Prior, *, form: Form) -> Nets:
 
 def guide(batch: Batch, prior: Prior, nets: Nets, *, form: Form) -> None:
     """Independent normals for what cells share; for each a joint normal of z, and a normal of a given z."""
-    values = nets.globals()
+    values = nets.globals(batch)
     with batch.plate("cell"):
         loc, tril, shift, stretch = nets.encoder(batch)
         noise = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)

@@ -13,7 +13,7 @@ import xarray as xr
 
 from domains.genomics import alphabeta
 from domains.genomics.methylation import form_of, pedigree_of
-from scivi.analysis.figures import Panels
+from scivi.analysis.figures import BLUE, MIDDLE, Panels
 from scivi.models import Template
 
 if TYPE_CHECKING:
@@ -101,25 +101,26 @@ def divergence_over_time(result: xr.DataTree, template: Template, *, draws: int 
     )
 
 
-def plot_divergence(table: xr.Dataset, ax: Any = None) -> Any:
+def plot_divergence(table: xr.Dataset, ax: Where = None) -> Any:
     """Draw ``divergence_over_time``: observed pairs as dots, the model's as bars.
 
     Args:
         table: from ``divergence_over_time``.
-        ax: matplotlib axes; new ones if None.
-    """
-    import matplotlib.pyplot as plt
+        ax: one of matplotlib's Axes; a new figure's if None.
 
-    ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
+    Returns:
+        The Axes.
+    """
+    panel = Panels(ax, 1, (6.0, 4.0)).told
     time, (low, high) = table["generations"].values, table["interval"].values.T
-    ax.vlines(time, low, high, color="0.75", linewidth=4, label="model, 90 %", zorder=1)
-    ax.plot(time, table["expected"], ".", color="0.45", markersize=4, label="model, mean", zorder=2)
-    ax.plot(time, table["observed"], "o", color="C0", markersize=4, label="observed", zorder=3)
-    ax.set_xlabel("generations between the two samples")
-    ax.set_ylabel("divergence per copy")
-    ax.set_ylim(bottom=0)
-    ax.legend(frameon=False)
-    return ax
+    panel.vlines(time, low, high, color="0.75", linewidth=4, label="model, 90 %", zorder=1)
+    panel.plot(time, table["expected"], ".", color="0.45", markersize=4, label="model, mean", zorder=2)
+    panel.plot(time, table["observed"], "o", color="C0", markersize=4, label="observed", zorder=3)
+    panel.set_xlabel("generations between the two samples")
+    panel.set_ylabel("divergence per copy")
+    panel.set_ylim(bottom=0)
+    panel.legend(frameon=False)
+    return panel
 
 
 def plot_rates(result: xr.DataTree, *, ax: Where = None) -> Any:
@@ -135,7 +136,7 @@ def plot_rates(result: xr.DataTree, *, ax: Where = None) -> Any:
     panels = Panels(ax, 2, (7.0, 3.0))
     contexts = result["posterior"].to_dataset()["context"].values
     for panel, name in zip(panels.each, ("gain_rate_mean", "loss_rate_mean"), strict=True):
-        for group, shift, colour in (("prior", -0.12, "#888888"), ("posterior", 0.12, "#4477AA")):
+        for group, shift, colour in (("prior", -0.12, MIDDLE), ("posterior", 0.12, BLUE)):
             found = result[group].to_dataset()[name].quantile([0.05, 0.5, 0.95], ("chain", "draw")).values
             at = np.arange(contexts.size) + shift
             panel.vlines(at, found[0], found[2], color=colour)

@@ -11,7 +11,7 @@ import xarray as xr
 
 from domains.genomics.citeseq import form_of
 from domains.genomics.panels import Form
-from scivi.analysis.figures import Panels
+from scivi.analysis.figures import BLUE, MIDDLE, Panels
 from scivi.errors import DataError
 
 if TYPE_CHECKING:
@@ -223,6 +223,9 @@ def plot_foreground(result: xr.DataTree, proteins: Sequence[str], *, ax: Where =
 
     Returns:
         The Axes, or an array of them; x is log10(1 + count).
+
+    Raises:
+        DataError: a protein is not in the result.
     """
     present = result["posterior"].to_dataset()["foreground"].mean(("chain", "draw"))
     counts = result["observed_data"].to_dataset()["adt"]
@@ -234,7 +237,7 @@ def plot_foreground(result: xr.DataTree, proteins: Sequence[str], *, ax: Where =
         y = counts.isel(protein=known.index(name)).values
         seen, chance = np.isfinite(y), present.isel(protein=known.index(name)).values
         x, p = np.log10(1 + y[seen]), chance[seen]
-        kinds = {"background": ("#888888", 1 - p), "foreground": ("#4477AA", p)}
+        kinds = {"background": (MIDDLE, 1 - p), "foreground": (BLUE, p)}
         colours, weights = zip(*kinds.values(), strict=True)
         panel.hist([x, x], 40, weights=weights, stacked=True, color=colours, label=list(kinds))
         panel.set(title=name, xlabel="log10(1 + count)")

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
     Where: TypeAlias = Axes | Sequence[Axes] | np.ndarray | Figure | None
 
-INK = "#333333"  # a page shows it inverted to readers in the dark
+# Paul Tol's bright scheme, distinguishable by colour-blind readers: https://personal.sron.nl/~pault/
+BLUE, RED, GREEN, YELLOW, CYAN, PURPLE = (
+    "#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377",
+)  # fmt: skip
+INK, PALE, MIDDLE = "#333333", "#E6E6E6", "#888888"  # a page shows them inverted to readers in the dark
 
 
 class Panels:

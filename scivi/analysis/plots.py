@@ -18,7 +18,20 @@ import xarray as xr
 from scivi.analysis import groups
 from scivi.analysis.calibration import uniform_band
 from scivi.analysis.comparison import entrywise_differences
-from scivi.analysis.figures import INK, Panels, leftmost, titled
+from scivi.analysis.figures import (
+    BLUE,
+    CYAN,
+    GREEN,
+    INK,
+    MIDDLE,
+    PALE,
+    PURPLE,
+    RED,
+    YELLOW,
+    Panels,
+    leftmost,
+    titled,
+)
 from scivi.analysis.weights import USABLE_K, row_reliability
 from scivi.errors import DataError
 
@@ -27,11 +40,6 @@ if TYPE_CHECKING:
 
     from scivi.analysis.figures import Where
 
-# Paul Tol's bright scheme, distinguishable by colour-blind readers: https://personal.sron.nl/~pault/
-BLUE, RED, GREEN, YELLOW, CYAN, PURPLE = (
-    "#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377",
-)  # fmt: skip
-PALE, MIDDLE = "#E6E6E6", "#888888"  # a page shows them inverted to readers in the dark
 SHOWN_ROWS = 150  # beyond it single intervals cannot be told apart at page width; our choice
 SHOWN_PANELS = 12  # population variables drawn; our choice
 

@@ -22,7 +22,15 @@ EXAMPLE_ROWS = 64  # rows that a pair is bound to (our choice: enough for any sh
 
 
 def open_data(template: Template, data: Any) -> Any:
-    """Data as a source that fits the template, checked."""
+    """Data as a source that fits the template, checked.
+
+    Args:
+        template: whose fields, dims and sentences on wrong data count.
+        data: anything ``open_source`` takes.
+
+    Raises:
+        DataError: the data do not fit; every fault is listed.
+    """
     return open_source(
         data,
         template.fields,

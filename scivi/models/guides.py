@@ -342,6 +342,6 @@ class IndependentNormals(nn.Module):
         base = dist.Normal(loc, self.log_scale[name].exp()).to_event(loc.dim())
         return dist.TransformedDistribution(base, [biject_to(self.supports[name])])
 
-    def forward(self) -> dict[str, Tensor]:
-        """Sample every site; the values by name."""
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Sample every site, whatever the rows; the values by name, as ``JointNormalGuide`` gives them."""
         return {name: pyro.sample(name, self.distribution(name)) for name in self.supports}
