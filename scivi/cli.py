@@ -218,7 +218,7 @@ def draw(
     if source is None:
         source = jobs.opened(fits[0].template, data, job.dims, job.columns, job.select)
     drawn = verbs.predict if ctx.info_name == "predict" else verbs.draw
-    how: dict[str, Any] = {"seed": seed, "to": out, "refine": refine}
+    how: dict[str, Any] = {"seed": seed, "to": out, "refine": refine, "progress": not quiet}
     tree = drawn(fits if len(fits) > 1 else fits[0], source, draws, **how)
     _tell({"posterior": str(out), "sizes": sizes_of(tree["posterior"])}, as_json, quiet)
 

@@ -358,7 +358,10 @@ def _stored(one: Subject) -> str:
     fitted = fit(one.template, one.table, one.plan, progress=False)
     with tempfile.TemporaryDirectory() as folder:
         again = load(save(fitted, folder), one.template)
-    first, second = (draw(f, one.table, 5, seed=one.seed)["posterior"].to_dataset() for f in (fitted, again))
+    first, second = (
+        draw(f, one.table, 5, seed=one.seed, progress=False)["posterior"].to_dataset()
+        for f in (fitted, again)
+    )
     different = [str(n) for n in first.data_vars if not np.array_equal(first[n], second[n], equal_nan=True)]
     if different:
         raise Broken(f"after save and load the draws of {different} differ: is all that was learnt in nets?")
@@ -428,7 +431,7 @@ def _unchanged(one: Subject) -> str:
     tensors = {name: value.clone() for name, value in one.batch.values.items()}
     run_pair(one.bound, one.batch)
     fitted = fit(one.template, table, one.plan, progress=False)
-    draw(fitted, table, 2, seed=one.seed)
+    draw(fitted, table, 2, seed=one.seed, progress=False)
     changed = [n for n, value in one.batch.values.items() if not torch.equal(value, tensors[n])]
     changed += [str(n) for n in before.variables if not before[n].identical(table[n])]
     if changed:
@@ -460,7 +463,7 @@ def _recovery(one: Subject, repeats: int) -> str:
     for k in range(repeats):
         table, truth = one.simulated(one.seed + 100 + k, rows)
         fitted = fit(template, table, replace(RECOVERY, seed=one.seed + k), progress=False)
-        posterior = draw(fitted, table, 400, seed=k)["posterior"].to_dataset()
+        posterior = draw(fitted, table, 400, seed=k, progress=False)["posterior"].to_dataset()
         for name, dims in template.dims.items():
             if name not in truth or set(dims) & set(template.row_dims):
                 continue

@@ -193,7 +193,7 @@ def _ranked(
     planted = truth.isel(place, drop=True, missing_dims="ignore")
     if one is None:
         return xr.full_like(planted, np.nan, dtype=float), "diverged"
-    tree = draw(one, table, draws, seed=seeds[2])
+    tree = draw(one, table, draws, seed=seeds[2], progress=False)
     posterior = tree["posterior"].to_dataset().isel(place, drop=True, missing_dims="ignore")
     found = ranks(xr.DataTree.from_dict({"posterior": posterior}), planted, seed=seeds[3])
     return found, str(tree.attrs["verdict"])
@@ -230,7 +230,7 @@ def _of_new_rows(
         raise PlanError(f'new_rows = {new_rows}, but there are {table.sizes[row]} along "{row}" in all.')
     seen, new = table.isel({row: slice(n)}), table.isel({row: slice(n, None)})
     own = _ended(fit(template, _opened(template, seen, 0), replace(plan, seed=seeds[1]), progress=progress))
-    tree = draw(own, new, draws, seed=seeds[2])
+    tree = draw(own, new, draws, seed=seeds[2], progress=progress)
     local = [name for name, array in truth.data_vars.items() if row in array.dims]
     found = ranks(tree, truth[local].isel({row: slice(n, None)}), seed=seeds[3])
     place = {d: k for d, k in _place(template, found, seeds[3]).items() if d != row}

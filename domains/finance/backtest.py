@@ -40,7 +40,7 @@ def fitted(template: Template, draws: int = 500, seed: int = 0) -> Posterior:
 
     def posterior(table: xr.Dataset) -> xr.DataTree:
         found = fit(template, table, Plan(seed=seed), progress=False)
-        return draw(found, table, draws, seed=seed)
+        return draw(found, table, draws, seed=seed, progress=False)
 
     return posterior
 

@@ -93,8 +93,12 @@ class Network:
         faults += [
             f"reaction {k + 1}: {fault}"
             for k, each in enumerate(entries_of(table, "reactions", faults))
-            for fault in missing_or_unknown(Reaction, each, ("name", "change", "rate"))
+            for fault in (
+                *missing_or_unknown(Reaction, each, ("name", "change", "rate")),
+                *_no_tables(each, ("change",)),
+            )
         ]
+        faults += _no_tables(table, ("parameters", "initial", "assignments", "volumes"))
         if faults:
             raise TemplateError(listed("the network cannot be read:", faults))
         return cls(**{**table, "reactions": tuple(Reaction(**each) for each in table["reactions"])})
@@ -222,6 +226,16 @@ def missing_or_unknown(cls: Any, table: Any, needed: Iterable[str]) -> list[str]
     return [
         *(f'"{name}" is missing' for name in needed if name not in table),
         *(f'there is no "{name}" in a {cls.__name__.lower()}' for name in table if name not in known),
+    ]
+
+
+def _no_tables(table: Any, keys: Iterable[str]) -> list[str]:
+    """Entries of a table of plain values that should be tables and are not."""
+    found = table if isinstance(table, Mapping) else {}
+    return [
+        f'"{key}" is {found[key]!r}, and no table'
+        for key in keys
+        if key in found and not isinstance(found[key], Mapping)
     ]
 
 

@@ -18,6 +18,7 @@ import torch
 import xarray as xr
 from pyro import poutine
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from scivi.errors import DataError, TrustWarning, Unsupported, listed
 from scivi.inference import marginal
@@ -63,6 +64,7 @@ FEWEST_EFFECTIVE = 100  # draws of a population: a mean is known to a tenth of i
 PROPOSED = 4  # proposals of which a corrected draw is taken (our choice)
 MOST_CHUNKS = 2**32  # chunks along one row dim: each has a stream of its own
 WEIGHED_DRAWS = 400  # draws whose global weight is worked out by integrating all rows
+SILENT_S = 2.0  # seconds before a progress bar shows
 WEIGHED_NODES = 2**27  # rows x nodes x draws above which it is not (our choice: about a minute)
 
 
@@ -76,6 +78,7 @@ def draw(
     refine: bool = False,
     predictive: bool = False,
     correct: bool | None = None,
+    progress: bool = True,
 ) -> xr.DataTree:
     """Draw from the posterior of the rows of ``data``, seen in the fit or not.
 
@@ -92,6 +95,7 @@ def draw(
             most .7): out of four times as many where no latent belongs to a row, or the guide holds all
             together; else what rows share out of the weighted draws with which a fit of few rows has ended.
             None where that can be had, True to insist on the former, False for the guide's own draws.
+        progress: show a progress bar if it takes more than two seconds.
 
     Returns:
         Groups posterior, prior, log_likelihood, observed_data, constant_data, sample_stats, history, and
@@ -131,15 +135,16 @@ def draw(
     labels = labels_of(template, source, len(fits), draws)
     labels |= feature_labels(fits[0].features, template, source)
     ours, pieces = collector(template.row_dims[0], labels, units, to)
+    shown = progress and ours.rank == 0
     with pieces:
         first, *others = template.row_dims
-        for number, rows, batch in _chunks(fits, source, draws, first, ours):
+        for number, rows, batch in _chunks(fits, source, draws, first, ours, shown):
             found = [chain.rows(batch, number, refine, predictive) for chain in chains]
             index = {} if rows == slice(0, source.sizes[first]) else {first: np.arange(rows.start, rows.stop)}
             own = feature_group(fits[0].features, template, source, batch)
             pieces.add(rows, {**_stacked(found), **data_groups(template.told, source, index), **own})
         for k, row in enumerate(others, 1):
-            for number, _, batch in _chunks(fits, source, draws, row, ours):
+            for number, _, batch in _chunks(fits, source, draws, row, ours, shown):
                 for chain in chains:
                     chain.add_density(batch, row, k * MOST_CHUNKS + number)
         pieces.add(None, {})  # a process that has no rows meets the others here
@@ -165,13 +170,14 @@ def predict(
     seed: int = 0,
     to: str | Path | None = None,
     refine: bool = False,
+    progress: bool = True,
 ) -> xr.DataTree:
     """``draw``, with a group ``posterior_predictive`` in which missing entries of the data are forecasts.
 
     Warns:
         TrustWarning: the verdict on the posterior is "do not trust".
     """
-    found = draw(fit, data, draws, seed=seed, to=to, refine=refine, predictive=True)
+    found = draw(fit, data, draws, seed=seed, to=to, refine=refine, predictive=True, progress=progress)
     if found.attrs["verdict"] == "do not trust":
         reasons = json.loads(found.attrs["why"]) + json.loads(found.attrs["advice"])
         warnings.warn(f"do not trust these predictions: {' '.join(reasons)}", TrustWarning, stacklevel=2)
@@ -204,7 +210,7 @@ def _check_labels(fit: Fit, source: Any) -> None:
 
 
 def _chunks(
-    fits: Sequence[Fit], source: Any, draws: int, row: str, ours: Team
+    fits: Sequence[Fit], source: Any, draws: int, row: str, ours: Team, shown: bool
 ) -> Iterator[tuple[int, slice, Batch]]:
     """The rows along a dim, some at a time, and where they stand, with one row of every other row dim.
 
@@ -215,12 +221,15 @@ def _chunks(
     n = source.sizes[row]
     size = rows_at_once(bound, row, draws) if all(f.bound.amortised for f in fits) else n
     others = {d: np.arange(1) for d in template.row_dims if d != row and source.sizes[d] > 1}
-    for number, start in enumerate(range(0, n, size)):
-        if number % ours.size != ours.rank:
-            continue
-        index = others if size >= n else {**others, row: np.arange(start, min(n, start + size))}
-        batch = read_batch(source, template.fields, template.row_dims, index, some)
-        yield number, slice(start, min(n, start + size)), batch
+    numbers = range(ours.rank, math.ceil(n / size), ours.size)
+    total = sum(min(size, n - number * size) for number in numbers)
+    title = f"{template.name}: draws"
+    with tqdm(total=total, disable=not shown, delay=SILENT_S, desc=title, unit=row) as bar:
+        for number in numbers:
+            rows = slice(number * size, min(n, number * size + size))
+            index = others if size >= n else {**others, row: np.arange(rows.start, rows.stop)}
+            yield number, rows, read_batch(source, template.fields, template.row_dims, index, some)
+            bar.update(rows.stop - rows.start)
 
 
 def _stacked(found: Sequence[Groups]) -> Groups:
@@ -529,8 +538,10 @@ def _replaced(
     values = {n: s["value"].clone() for n, s in sample_sites(guide)}
     for name, value in refined.values.items():
         axis = refined.axes[name]
-        values[name] = values[name].expand(draws, *values[name].shape[1:]).clone()
-        values[name].index_copy_(values[name].dim() + axis, refined.rows, value)
+        all_rows = list(value.shape)
+        all_rows[axis] = values[name].shape[axis]
+        values[name] = values[name].expand(all_rows).clone()
+        values[name].index_copy_(value.dim() + axis, refined.rows, value)
     with particle_plate(draws, bound.nesting), Placed(values, lambda name, _: values[name]):
         guide = poutine.trace(bound.guide).get_trace(batch)
     return _run_model(bound, batch, guide, draws)

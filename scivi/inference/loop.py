@@ -267,9 +267,11 @@ def fit(
             elif state.learns and state.stopped != "signal":
                 bar.total = bar.n  # of steps: what is left is no step
                 bar.set_postfix_str("finishing the globals")
+                begun = time.perf_counter()
                 _by_first(state, lambda: finish_globals(state, source, plan))
                 bar.set_postfix_str("looking beyond the guide")
                 _by_first(state, lambda: state.finish.update(unseen(state.bound, source, plan.seed)))
+                state.wall_s += time.perf_counter() - begun
                 if state.team.any(state.team.asked):  # too late for a step
                     state.stopped = "signal"
     finally:

@@ -371,7 +371,7 @@ def _packed(features: Features | None) -> dict[str, Tensor]:
     found = {"values": features.values, "constants": np.array(list(features.constants.values()), float)}
     for name, basis in features.bases.items():
         found |= {f"{name}.{part}": getattr(basis, part) for part in _OF_A_BASIS}
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
+    return {name: torch.from_numpy(np.asarray(value, order="C")) for name, value in found.items()}
 
 
 def _unpacked(tensors: Mapping[str, Tensor], named: Mapping[str, list[str]] | None) -> Features | None:

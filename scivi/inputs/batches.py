@@ -130,7 +130,7 @@ def make_batch(
     values, masks = {}, {}
     for name, f in fields.items():
         array = arrays[name]
-        tensor = torch.as_tensor(np.ascontiguousarray(array), device=device).to(dtype)
+        tensor = torch.as_tensor(np.asarray(array, order="C"), device=device).to(dtype)
         if f.role == "observed" and array.dtype.kind == "f":
             missing = tensor.isnan()
             if name in gaps or bool(missing.any()):

@@ -196,7 +196,7 @@ class TableSource:
         read = column.said if said and column.said is not None else column.get
         values = _native(np.asarray(read([index.get(d) for d in column.dims])))
         own = tuple(d for d in self.fields[name].dims if d in column.dims)
-        return np.ascontiguousarray(np.transpose(values, [column.dims.index(d) for d in own])), own
+        return np.asarray(np.transpose(values, [column.dims.index(d) for d in own]), order="C"), own
 
 
 def _native(values: np.ndarray) -> np.ndarray:

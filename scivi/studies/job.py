@@ -245,7 +245,8 @@ def run(
         n_draws, to = _amount(job.draws, _entries(result.template, source), out)
         if not first and to.suffix != ".zarr":  # which they write together
             return summary
-        tree = draws.draw(result, source, n_draws, seed=how.seed, to=to, predictive=True)
+        more: dict[str, Any] = {"predictive": True, "progress": progress}
+        tree = draws.draw(result, source, n_draws, seed=how.seed, to=to, **more)
         summary["posterior"] = str(to)
         if not first:
             return summary

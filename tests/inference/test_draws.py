@@ -269,6 +269,29 @@ def test_a_drawing_that_fails_leaves_nothing_behind(exact, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_what_takes_long_shows_a_bar_over_the_rows(exact, monkeypatch, capsys, progress):
+    monkeypatch.setattr(draws_module, "SILENT_S", 0.0)
+    monkeypatch.setattr(draws_module, "rows_at_once", lambda *_: 4)
+    draw(exact, LABELLED, 10, progress=progress)
+    assert ("15/15" in capsys.readouterr().err) is progress
+
+
+def test_a_given_number_has_no_axis_in_the_model_nor_in_the_result():
+    def model(batch, prior, nets):
+        assert batch.spread.shape == ()
+        mu = pyro.sample("mu", dist.Normal(0.0, batch.spread))
+        with batch.plate("row"):
+            batch.observe("y", dist.Normal(mu, 1.0))
+
+    fields = {"y": Field(("row",), "observed"), "spread": Field(())}
+    template = Template(name="number", fields=fields, rows="row", model=model, dims={"mu": ()})
+    table = LABELLED.assign(spread=2.0)
+    tree = draw(fit(template, table, QUICK, progress=False), table, 3)
+    assert tree.constant_data.spread.dims == ()
+    assert float(tree.constant_data.spread) == 2.0
+
+
 def test_refining_mends_rows_that_the_guide_serves_badly_and_measures_the_gap():
     shift, log_sd = 1.8, float(np.log(0.25))
     bad = exact_fit(coefficients=(*EXACT[:2], shift, log_sd))
@@ -299,6 +322,15 @@ def test_refining_mends_rows_that_the_guide_serves_badly_and_measures_the_gap():
     assert (
         abs(between).max() < 5 / 500**0.5
     )  # rows are drawn each on its own: 5 standard errors for 105 pairs
+
+
+def test_a_single_draw_of_rows_outside_is_refined_too(exact):
+    far = LABELLED.assign(y=LABELLED.y + 100)
+    tree = draw(exact, far, 1, seed=2, refine=True)
+    assert tree.sample_stats.outside.all()
+    assert np.isfinite(tree.sample_stats.amortisation_gap).all()
+    residual = tree.posterior.z - (SHRINK * far.y + (1 - SHRINK) * tree.posterior.mu)
+    assert abs(residual).max() < 5 * ROW_SD  # of 15 normal numbers
 
 
 def test_lp_less_log_q_of_refined_rows_is_their_weight():

@@ -117,6 +117,19 @@ def test_stoichiometry_that_is_no_number_and_species_that_are_missing():
             {"species": [], "reactions": [1], "parameters": {}, "initial": {}},
             "reaction 1: it is 1, and no table of what a reaction has",
         ),
+        (
+            {
+                "species": [],
+                "reactions": [{"name": "r", "change": 5, "rate": "1"}],
+                "parameters": {},
+                "initial": {},
+            },
+            'reaction 1: "change" is 5, and no table',
+        ),
+        (
+            {"species": [], "reactions": [], "parameters": [1], "initial": {}},
+            '"parameters" is [1], and no table',
+        ),
     ],
 )
 def test_plain_values_that_are_no_network(table, fault):
