@@ -20,6 +20,10 @@ from scivi.inference.state import State
 from scivi.inputs.batches import Batch, read_batch
 from scivi.models.binding import Bound
 
+THERE_SD, NEAR_SD = (
+    0.3,
+    5.0,
+)  # posterior sd: last step of a start at the mode, and of one near it (our choice)
 START_ROWS = 1024  # rows of the Newton start (our choice: some percent in the globals, .2 s)
 FEW_ROWS = 512  # rows up to which the population's posterior may be far from normal (our choice)
 FINISH_ROWS = 2**13  # rows for curvature and fine nodes (our choice: 1 % in the globals' sd)
@@ -43,14 +47,17 @@ def start_globals(state: State, source: Any, plan: Plan) -> None:
     some = _spread_rows(source, bound, START_ROWS)
     rows = Rows(some, some, 1.0)
     try:
-        found = newton_finish(bound, rows, plan.nodes, fine=False, max_steps=40, tolerance=0.3)
+        found = newton_finish(bound, rows, plan.nodes, fine=False, max_steps=40, tolerance=THERE_SD)
     except torch.linalg.LinAlgError:  # a marginal not smooth at the prior's centre is trained from there
         return
-    if found.step_sd < 0.3 and bool(
-        torch.isfinite(found.loc).all() and torch.isfinite(found.covariance).all()
-    ):
+    if not bool(torch.isfinite(found.loc).all() and torch.isfinite(found.covariance).all()):
+        return
+    if found.step_sd < THERE_SD:
         module.set(found.loc, found.covariance)
         state.finish["start"] = {"steps": found.steps, "step_sd": found.step_sd}
+    elif found.step_sd < NEAR_SD:  # nodes of an untrained guide leave the way rough to its end
+        with torch.no_grad():
+            module.loc.copy_(found.loc)
 
 
 def globals_alone(bound: Bound) -> bool:

@@ -4,7 +4,8 @@ Where rows are few the globals' posterior is skewed: neither the normal at its m
 prefers has its mean and its spread. Here the normal is moved to the weighted moments of all draws so far,
 each round weighed by the mixture of the Student-t distributions that they were drawn from (AMIS, Cornuet,
 Marin, Mira and Robert 2012, Scand. J. Stat. 39, 798, doi:10.1111/j.1467-9469.2011.00756.x). It costs some
-hundred evaluations of the full marginal, so it is for few rows.
+hundred evaluations of the full marginal, or thousands where training has ended far from it, so it is for few
+rows.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from scivi.models.sites import row_dim_of, sample_sites
 
 # Degrees of freedom of the proposals: tails heavier than the target's keep weights bounded (our choice).
 FREEDOM = 6.0
+ENOUGH = 200.0  # effective draws: a mean is known to .07 of its sd (our choice)
 PRIORS_AT_ONCE = 16  # points (our choice: a few calls a round, and little memory)
 
 
@@ -56,14 +58,16 @@ class Polished:
     points: Tensor
 
 
-def polish(bound: Bound, rows: Rows, per_dim: int, *, rounds: int = 4, draws: int = 160) -> Polished:
+def polish(
+    bound: Bound, rows: Rows, per_dim: int, *, rounds: tuple[int, int] = (4, 20), draws: int = 160
+) -> Polished:
     """Mean and covariance of the globals' posterior, starting from the trained normal.
 
     Args:
         bound: a trained pair; its joint normal is not changed.
         rows: of the data.
         per_dim: Gauss-Hermite nodes per local dimension.
-        rounds: of adaptation.
+        rounds: of adaptation, at least and at most; in between it ends with ``ENOUGH`` effective draws.
         draws: in each round, from torch's random stream.
 
     Raises:
@@ -80,7 +84,9 @@ def polish(bound: Bound, rows: Rows, per_dim: int, *, rounds: int = 4, draws: in
         posteriors = _posteriors(bound, module, rows, plan, per_dim)
         points, density, proposals = torch.empty(0, dims).double(), torch.empty(0).double(), []
         mean, covariance, ess = loc, starting, 0.0
-        for _ in range(rounds):
+        for taken in range(rounds[1]):
+            if taken >= rounds[0] and ess >= ENOUGH:
+                break
             proposal = MultivariateStudentT(mean.new_tensor(FREEDOM), mean, torch.linalg.cholesky(covariance))
             new = proposal.sample(torch.Size([draws]))
             points, proposals = torch.cat([points, new]), [*proposals, proposal]

@@ -7,7 +7,7 @@ import pytest
 
 from tests import notebooks
 
-PARAMETERS = {"steps": 400, "every": 2, "draws": 300}  # 71 sources are fitted, 71 are new
+PARAMETERS = {"steps": 1500, "every": 2, "draws": 300}  # 71 sources are fitted, 71 are new
 
 
 @pytest.mark.slow

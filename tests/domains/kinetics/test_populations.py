@@ -187,7 +187,7 @@ def test_population_is_that_of_a_grid():
         torch.manual_seed(0)
         start = newton.newton_finish(bound, rows, 9, fine=False)
         module.set(start.loc, start.covariance)
-        found = polish(bound, rows, 9, rounds=2, draws=80)
+        found = polish(bound, rows, 9, rounds=(2, 2), draws=80)
     assert found.ess > 60
     grid, mean, log_scatter = np.linspace(-2, 2, 400), np.linspace(-0.4, 0.8, 200), np.linspace(-4, 0.5, 200)
     likelihood = np.exp(log_measured(table, grid))
