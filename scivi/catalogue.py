@@ -33,7 +33,7 @@ class Offer:
     takes_data: bool
 
 
-def offers(package: str = OURS) -> list[Offer]:
+def offers(package: str) -> list[Offer]:
     """All that a package or module offers, by name.
 
     Raises:
@@ -50,8 +50,8 @@ def near(word: str, known: Iterable[str]) -> str:
 
 def neighbours(reference: str) -> list[str]:
     """References that a misspelt one may have meant: of its package, of ours, of the folder one is in."""
-    found = []
-    for package in {OURS, reference.partition(":")[0].partition(".")[0], *_here()}:
+    found, here = [], (path.stem for path in Path.cwd().glob("*.py") if path.stem.isidentifier())
+    for package in {OURS, reference.partition(":")[0].partition(".")[0], *here}:
         try:
             found += [offer.reference for offer in offers(package)]
         except DataError:  # no such package, which is why one asks
@@ -78,10 +78,6 @@ def refuse_misspelt(reference: str) -> None:
         guess = near(reference, neighbours(reference))
         told = guess or '; is its folder on the path? "scivi templates" lists those that are installed.'
         raise TemplateError(f'there is no module "{module}"{told}')
-
-
-def _here() -> list[str]:
-    return [path.stem for path in Path.cwd().glob("*.py") if path.stem.isidentifier()]
 
 
 def _files(package: str) -> Iterator[tuple[str, Path]]:

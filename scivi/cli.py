@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperGroup
 
+from scivi.catalogue import OURS, offers
 from scivi.errors import FitError, SciVIError, missing_extra
 from scivi.extras import extra_of
 from scivi.inference.plan import Plan
@@ -176,7 +177,7 @@ def fit(
         _tell({**summary, "next": "the same command with --resume"}, as_json, quiet)
         raise typer.Exit(STOPPED_BY_SIGNAL)
     _tell(summary, as_json, quiet)
-    _exit_unless_fit(summary["stopped"], summary, strict)
+    _exit_unless_fit(summary, strict)
 
 
 @app.command(
@@ -319,7 +320,7 @@ def report(
         truth=None if truth is None else tree_at(truth).to_dataset(),
     )
     _tell(summary, as_json, quiet)
-    _exit_unless_fit("", summary, strict)
+    _exit_unless_fit(summary, strict)
 
 
 @app.command(epilog="\b\nExample:\n  scivi check my_model:schools --data schools.csv")
@@ -404,8 +405,7 @@ def sbc(
     plot_ranks(ranks, ax=drawn)
     drawn.savefig(figure, dpi=120)
     table = judged(ranks)
-    told = {"ranks": str(out), "figure": str(figure), **calibration(ranks, table)}
-    _tell(told, as_json, quiet)
+    _tell({"ranks": str(out), "figure": str(figure), **calibration(ranks, table)}, as_json, quiet)
     if not bool(table["ok"].all()):
         raise typer.Exit(ERROR)
 
@@ -460,13 +460,11 @@ def new(
 
 @app.command(epilog="\b\nExamples:\n  scivi templates\n  scivi templates my_model")
 def templates(
-    package: Annotated[str, typer.Argument(metavar="PACKAGE", help="Or module, of yours.")] = "domains",
+    package: Annotated[str, typer.Argument(metavar="PACKAGE", help="Or module, of yours.")] = OURS,
     *,
     as_json: Json = False,
 ) -> None:
     """List what can be given as TEMPLATE, without loading it."""
-    from scivi.catalogue import offers
-
     found = offers(package)
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found], indent=2))
@@ -519,8 +517,8 @@ def _fit_folder(folder: Path) -> Path:
     return folder / "fit" if (folder / "fit").is_dir() else folder
 
 
-def _exit_unless_fit(stopped: str, summary: Mapping[str, Any], strict: bool) -> None:
-    if stopped == "diverged" or (strict and summary.get("verdict") == "do not trust"):
+def _exit_unless_fit(summary: Mapping[str, Any], strict: bool) -> None:
+    if summary.get("stopped") == "diverged" or (strict and summary.get("verdict") == "do not trust"):
         raise typer.Exit(NOT_TRUSTED)
 
 

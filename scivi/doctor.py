@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from scivi.extras import command, installed, required
+from scivi.extras import installed, required
 from scivi.version import version
 
 SHOWN = ("torch", "pyro-ppl", "numpy", "xarray", "arviz-base", "arviz-stats", "arviz-plots")
@@ -39,7 +39,7 @@ def examine() -> dict[str, Any]:
 def _extra(extra: str, names: list[str]) -> dict[str, Any]:
     packages = {name: installed(name) for name in names}
     missing = [name for name, here in packages.items() if here is None]
-    return {"packages": packages, "missing": missing, "install": command(extra)}
+    return {"packages": packages, "missing": missing, "install": f'pip install "scivi[{extra}]"'}
 
 
 def _machine() -> dict[str, Any]:

@@ -57,8 +57,3 @@ def extra_of(package: str) -> str | None:
         if extra and package.partition(".")[0] in {IMPORTED_AS.get(n, n.replace("-", "_")) for n in names}:
             return extra
     return None
-
-
-def command(extra: str) -> str:
-    """What installs an extra."""
-    return f'pip install "scivi[{extra}]"'

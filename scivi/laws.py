@@ -32,7 +32,7 @@ from scivi.inference.simulate import simulate
 from scivi.inference.state import load, save
 from scivi.inference.step import update
 from scivi.inference.trees import dataset, units_of
-from scivi.inputs.batches import Batch, chunks, take
+from scivi.inputs.batches import Batch, read_batch, take
 from scivi.inputs.subset import evenly
 from scivi.models.binding import Bound, bind, seeded
 from scivi.models.sites import sample_sites, value_of
@@ -171,12 +171,8 @@ class Subject:
     @cached_property
     def batch(self) -> Batch:
         """All rows."""
-        template = self.template
-        source = open_data(template, self.table)
-        size = max(source.sizes.values())
-        return next(
-            chunks(source, template.fields, template.row_dims, size, torch.device("cpu"), torch.float32)
-        )
+        template, like = self.template, torch.empty(0, dtype=torch.float32)
+        return read_batch(open_data(template, self.table), template.fields, template.row_dims, {}, like)
 
     @cached_property
     def bound(self) -> Bound:
@@ -405,10 +401,9 @@ def _placed(
     bound: Bound, batch: Batch, two: poutine.Trace, like: poutine.Trace, k: int
 ) -> dict[str, poutine.Trace]:
     """Traces of a single run on the values of the k-th of two draws."""
-    values: dict[str, Tensor] = {}
-    for name, site in sample_sites(two):
-        wanted = value_of(like, name).shape
-        values[name] = site["value"][k].reshape(wanted)
+    values: dict[str, Tensor] = {
+        name: site["value"][k].reshape(value_of(like, name).shape) for name, site in sample_sites(two)
+    }
     with Placed(values, lambda name, _: values[name]):
         guide = poutine.trace(bound.guide).get_trace(batch)
     return {"guide": guide, "model": poutine.trace(poutine.replay(bound.model, trace=guide)).get_trace(batch)}
@@ -468,16 +463,15 @@ def _recovery(one: Subject, repeats: int) -> str:
             if name not in truth or set(dims) & set(template.row_dims):
                 continue
             low, high = (posterior[name].quantile(q, ("chain", "draw")).values for q in (0.05, 0.95))
-            inside.setdefault(name, []).append(
-                ((truth[name].values >= low) & (truth[name].values <= high)).reshape(-1)
-            )
-            # Such as the diagonal of a correlation.
-            fixed = posterior[name].values.std((0, 1)).reshape(-1) == 0
-            inside[name][-1] = np.where(fixed, np.nan, inside[name][-1])
+            covers = (truth[name].values >= low) & (truth[name].values <= high)
+            fixed = posterior[name].values.std((0, 1)) == 0  # such as the diagonal of a correlation
+            inside.setdefault(name, []).append(np.where(fixed, np.nan, covers).reshape(-1))
     covered = {
-        f"{name}[{j}]": column for name, rows_ in inside.items() for j, column in enumerate(np.array(rows_).T)
+        f"{name}[{j}]": column
+        for name, each in inside.items()
+        for j, column in enumerate(np.array(each).T)
+        if not np.isnan(column).any()
     }
-    covered = {name: column for name, column in covered.items() if not np.isnan(column).any()}
     if not covered:
         return "not applicable: no global site has a truth"
     p = {name: binomtest(int(column.sum()), repeats, LEVEL).pvalue for name, column in covered.items()}

@@ -87,17 +87,16 @@ def calibrate(
     References:
         Talts, Betancourt, Simpson, Vehtari, Gelman (2018), arXiv:1804.06788.
     """
-    low = [f"{n} = {v}; at least {m}" for n, v, m in _numbers(fits, draws, new_rows) if v < m]
-    if low:
+    numbers = (("fits", fits, 1), ("draws", draws, FEWEST_DRAWS), ("new_rows", new_rows, 0))
+    if low := [f"{n} = {v}; at least {m}" for n, v, m in numbers if v < m]:
         raise PlanError(f"this calibration cannot be made: {', '.join(low)}.")
     maker = replace(simulator or template, simulate=None)
     plan = plan or Plan.from_dict(template.plan)
     if new_rows:
         return _of_new_rows(template, maker, data, plan, new_rows, draws, seed, progress)
     made = [_simulated(maker, data, _seeds(seed, k)[0]) for k in range(fits)]
-    bar = tqdm(total=fits, disable=not progress, desc=f"calibration of {template.name}", unit="fit")
-    with bar:
-        found = []
+    found = []
+    with tqdm(total=fits, disable=not progress, desc=f"calibration of {template.name}", unit="fit") as bar:
         for k, one in enumerate(_fitted(template, [table for table, _ in made], plan, seed)):
             found.append(_ranked(template, one, *made[k], draws, _seeds(seed, k)))
             bar.update()
@@ -105,10 +104,6 @@ def calibrate(
     joined = joined.drop_vars(_constant([truth for _, truth in made]), errors="ignore")
     verdicts = np.array([word for _, word in found])
     return joined.assign_coords(verdict=(OVER, verdicts)).assign_attrs(draws=draws, template=template.name)
-
-
-def _numbers(fits: int, draws: int, new_rows: int) -> list[tuple[str, int, int]]:
-    return [("fits", fits, 1), ("draws", draws, FEWEST_DRAWS), ("new_rows", new_rows, 0)]
 
 
 def _seeds(seed: int, k: int) -> list[int]:
@@ -134,10 +129,10 @@ def _fitted(template: Template, tables: Sequence[xr.Dataset], plan: Plan, seed: 
     if len(tables) > 1 and _can_be_batched(template, _opened(template, tables[0], 0), plan):
         try:
             many = fit_many(template, xr.concat(tables, OVER, join="override"), OVER, plan, progress=False)
-        except Unsupported:
-            many = None
-        if many is not None:
-            yield from (many[label] for label in many)
+        except Unsupported:  # then one after the other
+            pass
+        else:
+            yield from many.values()
             return
     compiles = plan.compile  # a compiled step serves all that follow: so it is repaid even by short fits
     if len(tables) > 1 and compiles == "auto" and plan.steps * len(tables) > REPAID:

@@ -60,7 +60,7 @@ def line(text: Any) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table in a box of its own, which scrolls if it is too wide; columns without entry are left out."""
-    rows = [list(row) for row in rows]
+    rows = list(rows)
     kept = [j for j in range(len(head)) if any(row[j] not in ("", None) for row in rows)]
     top = "".join(f'<th scope="col" style="{_CELL}">{told(head[j])}</th>' for j in kept)
     body = "".join(
@@ -76,8 +76,9 @@ def folded(summary: Any, content: str, *, open: bool = False) -> str:
     return f'{start}<summary style="cursor:pointer">{told(summary)}</summary>{content}</details>'
 
 
-def sparkline(values: Sequence[float], label: str, width: int = 260, height: int = 44) -> str:
+def sparkline(values: Sequence[float], label: str) -> str:
     """Numbers in their order as a small curve, its scale that of all but the first tenth."""
+    width, height = 260, 44  # pixels
     points = [(i, v) for i, v in enumerate(values) if math.isfinite(v)]
     if len(points) < 2:
         return ""

@@ -107,6 +107,7 @@ class Followed:
     Args:
         path: of the file.
         offset, inode: how far it was read, and of which file: a resumed fit puts another in its place.
+        changed: when it was last written, in seconds since the epoch.
         steps, objectives: of all entries, oldest first.
         last: the two latest entries.
     """

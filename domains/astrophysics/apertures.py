@@ -14,7 +14,7 @@ inside the source and the background aperture, alpha is the ratio of source to b
 included). A template says what mu and tril are.
 
 Three treatments of the background: "hierarchical" learns its distribution (above), "flat" puts a flat prior
-on each exp(v) >= 0 and sums it out exactly, "known" takes it as given.
+on each exp(v) >= 0 and sums it out exactly, "known" takes the field ``background``.
 
 The guide is a normal at the Laplace approximation of each source, bent by sinh-arcsinh and corrected by a
 small network on clamped features. The corrections are in units of the source's own posterior sd in ln(flux):
@@ -42,7 +42,6 @@ from torch.distributions import constraints
 from scivi.inputs.fields import Field
 from scivi.models import Batch, guides, normals
 from scivi.models.distributions import PoissonOverBackground
-from scivi.models.networks import perceptron
 
 Background = Literal["hierarchical", "flat", "known"]
 VPrior = tuple[Tensor, Tensor, float]  # of v: mean, precision, slope of the log density
@@ -121,37 +120,34 @@ def observe(batch: Batch, u: Tensor, pop: Population, background: Background, cu
             divided out. 0 for no cut.
     """
     source = batch.exposure * batch.source_fraction * u.exp()
-    spill = batch.exposure * batch.spill_fraction * u.exp()
     if background == "flat":
         counts = PoissonOverBackground(source, batch.n_off + 1, 1 / batch.alpha)
         batch.observe("n_on", counts.to_event(1))
         return
     if background == "hierarchical":
-        v = pyro.sample("log_background", dist.Normal(*pop.background).to_event(1))
-        level = v.exp()
+        level = pyro.sample("log_background", dist.Normal(*pop.background).to_event(1)).exp()
     else:
         level = batch.background
     batch.observe("n_on", dist.Poisson(source + level).to_event(1))
     if background == "hierarchical":
+        spill = batch.exposure * batch.spill_fraction * u.exp()
         batch.observe("n_off", dist.Poisson(level / batch.alpha + spill).to_event(1))
     if cut:
         pyro.factor("selection", -_log_detected(batch, pop, cut))
 
 
-def _log_detected(batch: Batch, pop: Population, cut: int, n_u: int = 15, n_v: int = 7) -> Tensor:
+def _log_detected(batch: Batch, pop: Population, cut: int) -> Tensor:
     """Log P(n_on >= cut in the first pair | population), each source, by Gauss-Hermite quadrature."""
-    x, w = (
+    x, w, y, q = (
         torch.as_tensor(a, dtype=batch.alpha.dtype, device=batch.alpha.device)
-        for a in np.polynomial.hermite_e.hermegauss(n_u)
+        for n_nodes in (15, 7)
+        for a in np.polynomial.hermite_e.hermegauss(n_nodes)
     )
     u = pop.mu[..., 0, None] + pop.sigma[..., 0, None] * x
     rate = (batch.exposure * batch.source_fraction)[..., 0, None] * u.exp()
     if pop.background_mu is None or pop.background_sigma is None:
         p = torch.special.gammainc(torch.full_like(rate, cut), rate + batch.background[..., 0, None])
         return (p * (w / w.sum())).sum(-1).log()
-    y, q = (
-        torch.as_tensor(a, dtype=x.dtype, device=x.device) for a in np.polynomial.hermite_e.hermegauss(n_v)
-    )
     level = (pop.background_mu[..., 0, None] + pop.background_sigma[..., 0, None] * y).exp()
     total = rate.unsqueeze(-1) + level.unsqueeze(-2)
     p = torch.special.gammainc(torch.full_like(total, cut), total)
@@ -185,9 +181,10 @@ def counts_of(batch: Batch, background: Background) -> Counts:
         mask = batch.observed_mask.get(name)
         return torch.ones_like(batch.alpha) if mask is None else mask.to(batch.alpha.dtype)
 
-    on, off = weight("n_on"), weight("n_off") if background != "known" else torch.zeros_like(batch.alpha)
+    none = torch.zeros_like(batch.alpha)
+    m, off = (none, none) if background == "known" else (batch.n_off, weight("n_off"))
     gain, spill = batch.exposure * batch.source_fraction, batch.exposure * batch.spill_fraction
-    m = batch.n_off if background != "known" else torch.zeros_like(batch.alpha)
+    on = weight("n_on")
     return Counts(batch.n_on * on, m * off, on, off, gain, spill, batch.alpha)
 
 
@@ -196,17 +193,15 @@ def background_start(
 ) -> tuple[Tensor, VPrior]:
     """Where a search for the modes starts in v (source, K), and the prior of v."""
     ones = torch.ones_like(pop.mu)
+    if background == "known":
+        level = batch.background.log()
+        return level + 0 * c.n, (level, 1e8 * ones, 0.0)
     if background == "hierarchical":
         floor, sigma = pop.background
         v_prior = (floor, sigma.pow(-2), 0.0)
-    elif background == "known":
-        v_prior = (batch.background.log(), 1e8 * ones, 0.0)
-        floor = batch.background.log()
     else:
         v_prior = (0 * ones, 1e-6 * ones, 1.0)  # a flat density in exp(v) is exp(v) in v
         floor = -2 * ones
-    if background == "known":
-        return floor + 0 * c.n, v_prior
     return torch.where(c.off * c.m > 0, torch.log((c.m + 0.5) * c.alpha), floor), v_prior
 
 
@@ -335,17 +330,12 @@ class Nets(nn.Module):
 
     Args:
         population: the joint normal.
-        correct: from features (*, N_FEATURES x K) to corrections (*, N_OUTPUTS x K); None makes one for
-            ``n_pairs``, which tells the pairs of a source apart by their place.
-        n_pairs: K.
+        correct: from features (*, N_FEATURES x K) to corrections (*, N_OUTPUTS x K).
     """
 
-    def __init__(
-        self, population: guides.JointNormalGuide, n_pairs: int, correct: nn.Module | None = None
-    ) -> None:
+    def __init__(self, population: guides.JointNormalGuide, correct: nn.Module) -> None:
         super().__init__()
-        self.globals = population
-        self.correct = correct or perceptron(N_FEATURES * n_pairs, N_OUTPUTS * n_pairs, (32, 32), last=0.1)
+        self.globals, self.correct = population, correct
 
 
 def guide(

@@ -35,7 +35,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyro
@@ -53,6 +53,7 @@ from scivi.models.networks import perceptron
 
 Variability = Literal["scatter", "ou"]
 TIME = Field(("epoch",), "given", constraints.real, "d", "time of the epoch, from any zero near the data")
+_BACKGROUND = ("background_mu", "background_sigma")
 _STEPS, _FARTHEST = 8, 1.0  # Newton steps of a source, and the most by which one moves u or v (our choice)
 
 
@@ -118,15 +119,11 @@ def covariance_tril(
 
 def population(values: Mapping[str, Tensor], batch: Batch) -> Population:
     """The population in terms of epochs, from the sites; ``timescale`` is absent for "scatter"."""
-    n_epochs, ones = batch.sizes["epoch"], batch.alpha.new_ones(batch.sizes["epoch"])
-    timescale = values.get("timescale")
+    ones, timescale = batch.alpha.new_ones(batch.sizes["epoch"]), values.get("timescale")
     time = None if timescale is None else batch.time
-    tril = covariance_tril(n_epochs, time, values["scatter"], values["variability"], timescale)
+    tril = covariance_tril(len(ones), time, values["scatter"], values["variability"], timescale)
     each = {n: values[n].unsqueeze(-1) * ones for n in ("mean", *_BACKGROUND) if n in values}
     return Population(each["mean"], tril, each.get("background_mu"), each.get("background_sigma"))
-
-
-_BACKGROUND = ("background_mu", "background_sigma")
 
 
 def model(
@@ -194,7 +191,7 @@ def nets(
     sites = {name: ((), constraints.real if name in real else constraints.positive) for name in start}
     values = {name: torch.tensor(value) for name, value in start.items()}
     normal = guides.global_normal(sites, values, scale=0.05)
-    return apertures.Nets(normal, sizes["epoch"], EachEpoch())
+    return apertures.Nets(normal, EachEpoch())
 
 
 def by_whitening(batch: Batch, pop: Population, c: Counts, background: Background) -> Laplace:
@@ -204,7 +201,7 @@ def by_whitening(batch: Batch, pop: Population, c: Counts, background: Backgroun
     neighbouring epochs are nearly one and the covariance of u has no inverse in float32.
     """
     v, v_prior = apertures.background_start(batch, pop, c, background)
-    net, gain = ((c.n - c.on * v.exp()).sum(-1, keepdim=True), (c.on * c.gain).sum(-1, keepdim=True))
+    net, gain = (x.sum(-1, keepdim=True) for x in (c.n - c.on * v.exp(), c.on * c.gain))
     level = torch.log(net.clamp_min(0.5) / gain.clamp_min(1e-30))  # one for the whole curve
     level = torch.where(net < 5, 0.5 * (level + pop.mu), level)
     u = torch.where(gain > 0, level, pop.mu)
@@ -277,9 +274,7 @@ def simulate(
         columns["background"] = np.exp(v)
     dims, coords = ("source", "epoch"), {"source": np.arange(n), "epoch": np.arange(k)}
     table = xr.Dataset({name: (dims, values) for name, values in columns.items()}, coords)
-    truth: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        name: ((), np.array(value)) for name, value in population.items()
-    }
+    truth: dict[str, Any] = {name: ((), value) for name, value in population.items()}
     truth |= {"log_brightness": (dims, u), "log_brightness_mean": (("source",), u.mean(-1))}
     truth["fractional_rms"] = (("source",), np.exp(u).std(-1, ddof=1) / np.exp(u).mean(-1))
     truth["log_background"] = (dims, v)
@@ -338,12 +333,11 @@ def make(
         Latents per source: one for each epoch, two with a hierarchical background. Up to 16 of them the
         engine integrates; with more it follows the ELBO.
     """
-    process = {"timescale": ((), "d")} if variability == "ou" else {}
     sites: dict[str, tuple[tuple[str, ...], str]] = {
         "mean": ((), "ln flux"),
         "scatter": ((), "ln flux"),
         "variability": ((), "ln flux"),
-        **process,
+        **({"timescale": ((), "d")} if variability == "ou" else {}),
         "log_brightness": (("source", "epoch"), "ln flux"),
         "log_brightness_mean": (("source",), "ln flux"),
         "fractional_rms": (("source",), "1"),

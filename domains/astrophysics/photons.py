@@ -14,9 +14,8 @@ and log background v (natural log of the expected background counts in the sourc
 with exposure E, fractions f and g of the point-spread function and area ratio alpha as in ``apertures``,
 which also holds the guide.
 
-Three treatments of the background: ``template`` learns its distribution (above), ``flat`` puts a flat prior
-on each exp(v) >= 0 and sums it out exactly, ``known`` takes it as given. ``make`` offers the rest: catalogues
-cut at a number of counts, whose selection is divided out.
+``template`` learns the distribution of the background (above); ``flat`` and ``known`` treat it as in
+``apertures``. ``make`` also takes catalogues cut at a number of counts, whose selection is divided out.
 
 References:
     Primini and Kashyap 2014, ApJ 796, 24, doi:10.1088/0004-637X/796/1/24 (apertures and background).
@@ -30,6 +29,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 import pyro
@@ -43,6 +43,7 @@ from domains.astrophysics import apertures
 from domains.astrophysics.apertures import Background, Population
 from scivi.inputs.fields import Field
 from scivi.models import Batch, Template, guides
+from scivi.models.networks import perceptron
 
 
 @dataclass(frozen=True)
@@ -125,23 +126,22 @@ def nets(sizes: Mapping[str, int], prior: Prior, *, background: Background) -> a
     """The joint normal of the population, started at the prior's centre, and the network of the sources."""
     n = sizes["band"]
     half = math.sqrt(2 / math.pi)  # mean of a half-normal in units of its scale
-    sites: dict[str, tuple[tuple[int, ...], constraints.Constraint]] = {
-        "mean": ((n,), constraints.real),
-        "scatter": ((n,), constraints.positive),
-    }
     start = {
         "mean": torch.full((n,), prior.brightness_mean),
         "scatter": torch.full((n,), half * prior.scatter),
     }
     if n > 1:
-        sites["correlation_tril"] = ((n, n), constraints.corr_cholesky)
         start["correlation_tril"] = torch.eye(n)
     if background == "hierarchical":
-        sites["background_mu"] = ((n,), constraints.real)
-        sites["background_sigma"] = ((n,), constraints.positive)
         start["background_mu"] = torch.full((n,), prior.background_mean)
         start["background_sigma"] = torch.full((n,), half * prior.background_scatter)
-    return apertures.Nets(guides.global_normal(sites, start, scale=0.05), n)
+    support: dict[str, constraints.Constraint] = dict.fromkeys(("mean", "background_mu"), constraints.real)
+    support["correlation_tril"] = constraints.corr_cholesky
+    sites = {name: (tuple(x.shape), support.get(name, constraints.positive)) for name, x in start.items()}
+    normal = guides.global_normal(sites, start, scale=0.05)
+    # bands are told apart by their place
+    correct = perceptron(apertures.N_FEATURES * n, apertures.N_OUTPUTS * n, (32, 32), last=0.1)
+    return apertures.Nets(normal, correct)
 
 
 def guide(batch: Batch, prior: Prior, nets: apertures.Nets, *, background: Background) -> None:
@@ -217,22 +217,16 @@ def overlapping(values: Mapping[str, np.ndarray], coords: Mapping[str, np.ndarra
     if len(names) > MOST_BANDS and len(names) > len(coords.get("source", names)):
         n = len(coords["source"])
         return [f"there are {len(names)} bands of {n} sources: if matrices are transposed, pass their .T"]
-    given = dict(zip(names, zip(values["e_min"], values["e_max"], strict=True), strict=True))
-    edges = {b: (lo, hi) if hi > lo else EDGES.get(b) for b, (lo, hi) in given.items()}
-    edges = {b: e for b, e in edges.items() if e is not None}
+    given = zip(names, values["e_min"], values["e_max"], strict=True)
+    edges = [(b, (lo, hi) if hi > lo else EDGES[b]) for b, lo, hi in given if hi > lo or b in EDGES]
     faults = []
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            if (
-                a in edges
-                and b in edges
-                and max(edges[a][0], edges[b][0]) < min(edges[a][1], edges[b][1]) - 1e-9
-            ):
-                lo, hi = max(edges[a][0], edges[b][0]), min(edges[a][1], edges[b][1])
-                faults.append(
-                    f'bands "{a}" and "{b}" overlap between {lo:g} and {hi:g} keV, so they share photons; '
-                    f"choose bands that do not, such as soft, medium, hard"
-                )
+    for (a, (a_min, a_max)), (b, (b_min, b_max)) in combinations(edges, 2):
+        lo, hi = max(a_min, b_min), min(a_max, b_max)
+        if lo < hi - 1e-9:
+            faults.append(
+                f'bands "{a}" and "{b}" overlap between {lo:g} and {hi:g} keV, so they share photons; '
+                f"choose bands that do not, such as soft, medium, hard"
+            )
     return faults
 
 

@@ -85,11 +85,7 @@ def backtest(
     """
     returns = table["returns"].transpose("series", "day")
     days = returns["day"].values
-    first = int(np.searchsorted(days, np.datetime64(start) if days.dtype.kind == "M" else start))
-    if not 2 <= first < len(days):
-        raise DataError(
-            f"there are {first} days before {start} and {len(days) - first} from it on; both are needed."
-        )
+    first = first_day(days, start, least=2)
     posterior = fitted(template, draws, seed) if isinstance(template, Template) else template
     rows, k_hat, begins = [], [], range(first, len(days), refit_every)
     with tqdm(total=len(days) - first, unit="day", disable=not progress) as bar:
@@ -103,16 +99,21 @@ def backtest(
                 rows.append(scored(state, y, levels))
                 state = state.after(y, day)
                 bar.update()
-    series, dims = list(state.series), ("day", "series")
-    found = {
-        name: (dims + ("level",) * (rows[0][name].ndim - 1), np.stack([r[name] for r in rows]))
-        for name in rows[0]
-    }
-    coords = {"day": days[first:], "series": series, "level": list(levels)}
-    fits = days[list(begins)]
-    return (
-        xr.Dataset(found, coords).assign_coords(fit=fits).assign(k_hat=(("fit", "series"), np.stack(k_hat)))
-    )
+    found = gathered(rows, days[first:], list(state.series), levels).assign_coords(fit=days[list(begins)])
+    return found.assign(k_hat=(("fit", "series"), np.stack(k_hat)))
+
+
+def first_day(days: np.ndarray, start: Any, *, least: int) -> int:
+    """Place of the day ``start``, or of the next one, with so many days at least before it.
+
+    Raises:
+        DataError: fewer days before the start, or none from it on.
+    """
+    first = int(np.searchsorted(days, np.datetime64(start) if days.dtype.kind == "M" else start))
+    if not least <= first < len(days):
+        told = f"there are {first} days before {start} and {len(days) - first} from it on"
+        raise DataError(f"{told}; both are needed.")
+    return first
 
 
 def scored(state: Filter, y: np.ndarray, levels: Sequence[float] = LEVELS) -> dict[str, np.ndarray]:
@@ -129,6 +130,18 @@ def scored(state: Filter, y: np.ndarray, levels: Sequence[float] = LEVELS) -> di
         "expected_shortfall": shortfall,
         "effective_size": state.effective_size(),
     }
+
+
+def gathered(
+    rows: Sequence[dict[str, np.ndarray]],
+    days: np.ndarray,
+    series: Sequence[Any] | np.ndarray,
+    levels: Sequence[float] = LEVELS,
+) -> xr.Dataset:
+    """One table of what ``scored`` says of each day."""
+    dims = {name: ("day", "series") + ("level",) * (rows[0][name].ndim - 1) for name in rows[0]}
+    found = {name: (dims[name], np.stack([row[name] for row in rows])) for name in dims}
+    return xr.Dataset(found, {"day": days, "series": series, "level": list(levels)})
 
 
 def summary(found: xr.Dataset) -> xr.Dataset:

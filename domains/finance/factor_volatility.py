@@ -38,7 +38,7 @@ from scipy.special import gammaln
 from tqdm.auto import tqdm
 
 from domains.finance import forecasts, loadings, scores, volatility
-from domains.finance.backtest import Posterior, fitted
+from domains.finance.backtest import Posterior, first_day, fitted
 from domains.finance.forecasts import LEVELS, Filter
 from domains.finance.loadings import Loadings
 from scivi.errors import DataError
@@ -130,11 +130,6 @@ class Known:
     loadings: Loadings
     nu: float
 
-    @property
-    def series(self) -> tuple[Any, ...]:
-        """Labels."""
-        return self.shocks.series
-
     def log_density(self, returns: np.ndarray) -> float:
         """Joint log density of tomorrow's returns (series,), of those that are there."""
         u, log_g = self.loadings.shocks(returns)
@@ -198,7 +193,7 @@ def forecast(known: Known, horizon: int = 20, paths: int = 4000, seed: int = 0) 
         copula of the module's docstring; those of a later day have it given the path's volatilities.
     """
     rng = np.random.default_rng([known.shocks.seed, known.shocks.taken, 3, seed])
-    shape = (paths, len(known.series), horizon)
+    shape = (paths, len(known.shocks.series), horizon)
     common = np.sqrt(known.nu / rng.chisquare(known.nu, (paths, 1, horizon)))
     u = stats.t.cdf(rng.standard_normal(shape) * common, known.nu).clip(_EDGE, 1 - _EDGE)
     shocks = forecasts.forecast(known.shocks, horizon, paths, seed, u)["returns"]
@@ -275,9 +270,7 @@ def backtest(
     """
     returns = table["returns"].transpose("series", "day")
     days = returns["day"].values
-    first = int(np.searchsorted(days, np.datetime64(start) if days.dtype.kind == "M" else start))
-    if first >= len(days):
-        raise DataError(f"there are no days from {start} on.")
+    first = first_day(days, start, least=0)  # ``split`` needs some
     posterior = fitted(template, draws, seed) if isinstance(template, Template) else template
     rows, k_hat, begins = [], [], range(first, len(days), refit_every)
     with tqdm(total=len(days) - first, unit="day", disable=not progress) as bar:

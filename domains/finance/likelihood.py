@@ -52,12 +52,9 @@ class Story:
         """Prior of the log variance from the first day to the one after the last."""
         return Autoregressive(self.mu, self.phi, self.sigma, days + 1, validate_args=False)
 
-    def _long(self) -> Story:
-        return self.mapped(lambda value: value.unsqueeze(-1))
-
     def placed(self, now: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor, Story]:
         """A day's place and scale given its two log variances, and the parameters in the same dims."""
-        p, scale = self._long(), (0.5 * now).exp()
+        p, scale = self.mapped(lambda value: value.unsqueeze(-1)), (0.5 * now).exp()
         loc = 0.0 if p.drift is None else p.drift
         if p.rho is None:
             return loc + 0 * now, scale, p
@@ -130,9 +127,9 @@ class Story:
             value = value.index_put((again,), better)
         return value.reshape(shape)
 
-    def smoothed(self, y: Tensor, present: Tensor | None, near: Quadratics) -> GaussianChain:
-        """The chain near to the posterior of the path."""
-        return near.posterior(self.path(y.shape[-1]))
+    def smoothed(self, y: Tensor, present: Tensor | None) -> GaussianChain:
+        """The chain near to the posterior of the path, given series y (series, day)."""
+        return self.near(y, present).posterior(self.path(y.shape[-1]))
 
 
 class Returns(dist.TorchDistribution):

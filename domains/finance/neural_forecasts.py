@@ -145,14 +145,9 @@ def filtered(fit: Any, table: xr.Dataset, start: Any, particles: int = 4000, see
         A thousand days of a series take some seconds.
     """
     days = table["day"].values
-    first = int(np.searchsorted(days, np.datetime64(start) if days.dtype.kind == "M" else start))
-    if not 0 < first < len(days):
-        raise DataError(f"there are {first} days before {start} and {len(days) - first} from it on.")
+    first = backtest.first_day(days, start, least=1)
     state, rows = begin(fit, table.isel(day=slice(first)), particles, seed), []
     for y in table["returns"].transpose("day", "series").values[first:]:
         rows.append(backtest.scored(cast(Any, state), y))  # it is of that form
         state = state.after(y)
-    dims = {name: ("day", "series") + ("level",) * (rows[0][name].ndim - 1) for name in rows[0]}
-    found = {name: (dims[name], np.stack([row[name] for row in rows])) for name in dims}
-    coords = {"day": days[first:], "series": table["series"].values, "level": list(backtest.LEVELS)}
-    return xr.Dataset(found, coords)
+    return backtest.gathered(rows, days[first:], table["series"].values)

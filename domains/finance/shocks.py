@@ -36,8 +36,7 @@ def log_density(e: Tensor, nu: Tensor | None = None, nu_upper: Tensor | None = N
     if nu_upper is None:
         constant = torch.lgamma(0.5 * (nu + 1)) - torch.lgamma(0.5 * nu) - 0.5 * (math.pi * (nu - 2)).log()
         return constant - 0.5 * (nu + 1) * torch.log1p(e.square() / (nu - 2))
-    a, b = 0.5 * nu, 0.5 * nu_upper
-    mean, sd = _moments(a, b)
+    a, b, mean, sd = _standard(nu, nu_upper)
     x = mean + sd * e
     square = a + b + x.square()
     near = torch.log1p(x.abs() / square.sqrt())  # of 1 + |w|
@@ -52,8 +51,7 @@ def cumulative(e: Tensor, nu: Tensor | None = None, nu_upper: Tensor | None = No
     """Cumulative probability of shocks (*), by SciPy: no gradients."""
     if nu is None:
         return torch.special.ndtr(e)
-    a, b = 0.5 * nu, 0.5 * (nu if nu_upper is None else nu_upper)
-    mean, sd = _moments(a, b)
+    a, b, mean, sd = _standard(nu, nu_upper)
     x = mean + sd * e
     share = 0.5 * (1 + x / (a + b + x.square()).sqrt())
     return torch.as_tensor(special.betainc(a.numpy(), b.numpy(), share.numpy()))
@@ -63,19 +61,19 @@ def quantile(p: Tensor, nu: Tensor | None = None, nu_upper: Tensor | None = None
     """The shocks below which these probabilities (*) lie, by SciPy: no gradients."""
     if nu is None:
         return torch.special.ndtri(p)
-    a, b = 0.5 * nu, 0.5 * (nu if nu_upper is None else nu_upper)
+    a, b, mean, sd = _standard(nu, nu_upper)
     share = torch.as_tensor(special.betaincinv(a.numpy(), b.numpy(), p.numpy()))
     rest = torch.as_tensor(special.betaincinv(b.numpy(), a.numpy(), 1 - p.numpy()))  # 1 - share, exact near 1
-    mean, sd = _moments(a, b)
     return ((a + b).sqrt() * (share - rest) / (2 * (share * rest).sqrt()) - mean) / sd
 
 
-def _moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation before they are taken out."""
+def _standard(nu: Tensor, nu_upper: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The numbers a and b, and mean and sd of the x that they belong to."""
+    a, b = 0.5 * nu, 0.5 * (nu if nu_upper is None else nu_upper)
     ratio = torch.lgamma(a - 0.5) - torch.lgamma(a) + torch.lgamma(b - 0.5) - torch.lgamma(b)
     mean = 0.5 * (a - b) * (a + b).sqrt() * ratio.exp()
     square = 0.25 * (a + b) * ((a - b).square() + a + b - 2) / ((a - 1) * (b - 1))
-    return mean, (square - mean.square()).sqrt()
+    return a, b, mean, (square - mean.square()).sqrt()
 
 
 def sample(
@@ -87,7 +85,6 @@ def sample(
     """Shocks of a shape, in the dtype and on the device of ``like``; degrees of freedom broadcast to it."""
     if nu is None:
         return torch.randn(shape, dtype=like.dtype, device=like.device)
-    a, b = 0.5 * nu, 0.5 * (nu if nu_upper is None else nu_upper)
+    a, b, mean, sd = _standard(nu, nu_upper)
     up, down = (torch._standard_gamma(n.expand(shape).contiguous()).clamp_min(1e-20) for n in (a, b))
-    mean, sd = _moments(a, b)
     return ((a + b).sqrt() * (up - down) / (2 * (up * down).sqrt()) - mean) / sd

@@ -31,7 +31,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -98,6 +98,7 @@ class Kind:
 
 
 UNITS = {"mu": "ln(percent^2)", "sigma": "ln(percent^2)", "drift": "percent"}
+UNITS |= dict.fromkeys(("log_variance", "log_variance_next"), "ln(percent^2)")
 
 
 def laws(prior: Prior, kind: Kind, like: Tensor) -> dict[str, dist.TorchDistribution]:
@@ -157,16 +158,11 @@ def model(batch: Batch, prior: Prior, nets: nn.Module | None, *, kind: Kind, pat
             unit = Autoregressive(0 * story.mu, story.phi, torch.ones_like(story.phi), days + 1)
             x = pyro.sample("path", unit)
             h = story.mu.unsqueeze(-1) + story.sigma.unsqueeze(-1) * x
-            _report(h)
+            pyro.deterministic("log_variance", h[..., :-1], event_dim=1)
+            pyro.deterministic("log_variance_next", h[..., -1])
         elif batch.predicting:  # returns anew, and missing ones, along the paths that the data leave
-            near = story.near(batch.returns, _present(batch))
-            h = story.smoothed(batch.returns, _present(batch), near).rsample()
+            h = story.smoothed(batch.returns, _present(batch)).rsample()
         batch.observe("returns", Returns(story, days, h))
-
-
-def _report(h: Tensor) -> None:
-    pyro.deterministic("log_variance", h[..., :-1], event_dim=1)
-    pyro.deterministic("log_variance_next", h[..., -1])
 
 
 def derive(
@@ -174,8 +170,7 @@ def derive(
 ) -> Any:
     """Paths drawn given each draw of the parameters."""
     story = Story(**{name: values[name] for name in kind.names})
-    near = story.near(batch.returns, _present(batch))
-    h = story.smoothed(batch.returns, _present(batch), near).rsample()
+    h = story.smoothed(batch.returns, _present(batch)).rsample()
     return {"log_variance": h[..., :-1], "log_variance_next": h[..., -1]}
 
 
@@ -346,6 +341,8 @@ def make(
         prior: numbers of the model.
     """
     kind = Kind(errors, leverage, drift, sigma_prior)
+    dims: dict[str, tuple[str, ...]] = dict.fromkeys(kind.names, ("series",))
+    dims |= {"log_variance": ("series", "day"), "log_variance_next": ("series",)}
     summed = path == "summed"
     return Template(
         name=f"stochastic volatility, {errors.replace('_', '-')} errors" + ", leverage" * leverage,
@@ -354,26 +351,15 @@ def make(
         },
         rows="series",
         model=partial(model, kind=kind, path=path),
-        dims={name: ("series",) for name in kind.names}
-        | {"log_variance": ("series", "day"), "log_variance_next": ("series",)},
+        dims=dims,
         guide=partial(guide, kind=kind) if summed else None,
         prior=prior or Prior(),
         simulate=partial(simulate, kind=kind),
         derive=partial(derive, kind=kind) if summed else None,
-        units={name: UNITS[name] for name in kind.names if name in UNITS}
-        | {"log_variance": "ln(percent^2)", "log_variance_next": "ln(percent^2)"},
+        units={name: UNITS[name] for name in dims if name in UNITS},
         validate=bad_returns,
         plan={"steps": 0} if summed else {},
-        made=(
-            "domains.finance.volatility:make",
-            {
-                "errors": errors,
-                "leverage": leverage,
-                "drift": drift,
-                "sigma_prior": sigma_prior,
-                "path": path,
-            },
-        ),
+        made=("domains.finance.volatility:make", {**asdict(kind), "path": path}),
     )
 
 

@@ -31,6 +31,7 @@ import numpy as np
 import xarray as xr
 from scipy.optimize import least_squares
 from scipy.special import logsumexp, xlog1py, xlogy
+from tqdm.auto import tqdm
 
 from domains.genomics.pedigrees import Pedigree
 from scivi.errors import DataError, FitError, listed
@@ -312,14 +313,13 @@ def fit_alphabeta(
     """
     problem = _problem(table, p0uu, equilibrium, equilibrium_weight, somatic)
     largest = max(problem.observed.max(), RATES[0])  # some number above 0 where no pair differs
-    rng, bounds = np.random.default_rng(seed), (0.0, 1.0, 0.0, np.inf)
-    fits = []
+    rng, fits = np.random.default_rng(seed), []
     for _ in range(starts):
         # As AlphaBeta: rates log uniform in 1e-9 to 1e-2, weight to .1, intercept to the largest divergence.
         rates = np.exp(rng.uniform(np.log(1e-9), np.log(1e-2), 2))
         start = np.array([*rates, rng.uniform(0, 0.1), rng.uniform(0, largest)])
-        fits.append(_minimise(start, problem, bounds))
-    fits = [found for found in fits if found is not None]
+        if (found := _minimise(start, problem, low=(0.0, 0.0), high=(1.0, np.inf))) is not None:
+            fits.append(found)
     if not fits:
         raise FitError(f"none of {starts} starts of AlphaBeta's least squares converged; raise starts.")
     values = np.array([(_residuals(found, problem) ** 2).sum() for found in fits])
@@ -372,17 +372,11 @@ def bootstrap(
     problem = _problem(table, fit.p0uu, fit.equilibrium, fit.equilibrium_weight, fit.somatic)
     residuals = problem.observed - fit.predicted
     start = np.array([fit.gain, fit.loss, fit.weight, fit.intercept])
-    rng, free = np.random.default_rng(seed), (-np.inf, np.inf, -np.inf, np.inf)
-    rounds: Any = range(draws)
-    if progress:
-        from tqdm.auto import tqdm
-
-        rounds = tqdm(rounds, desc="bootstrap")
+    rng, free = np.random.default_rng(seed), (np.inf, np.inf)
     found = np.full((draws, 4), np.nan)
-    for draw in rounds:
-        made = fit.predicted + rng.choice(residuals, residuals.size)
-        again = _minimise(start, replace(problem, observed=made), free)
-        if again is not None:
+    for draw in tqdm(range(draws), desc="bootstrap", disable=not progress):
+        made = replace(problem, observed=fit.predicted + rng.choice(residuals, residuals.size))
+        if (again := _minimise(start, made, low=(-np.inf, -np.inf), high=free)) is not None:
             found[draw] = again
     names = ("gain", "loss", "weight", "intercept")
     columns = {name: ("draw", found[:, n]) for n, name in enumerate(names)}
@@ -436,32 +430,28 @@ def _residuals(values: np.ndarray, problem: _Problem) -> np.ndarray:
 
 
 def _minimise(
-    start: np.ndarray, problem: _Problem, bounds: tuple[float, float, float, float]
+    start: np.ndarray, problem: _Problem, *, low: tuple[float, float], high: tuple[float, float]
 ) -> np.ndarray | None:
-    """Gain, loss, weight and intercept at a minimum; None if none is reached."""
+    """Gain, loss, weight and intercept at a minimum, the latter two in bounds; None if none is reached."""
     # So that tolerances mean the same for small divergences.
     scale = np.sqrt((problem.observed**2).mean()) or 1.0
-
-    def residuals(z: np.ndarray) -> np.ndarray:
-        values = np.append(np.exp(z[:2]), z[2:] * np.array([1.0, scale]))
-        return _residuals(values, problem) / scale
-
-    low_weight, high_weight, low, high = bounds
     limits = np.log(RATES)
+
+    def values(z: np.ndarray) -> np.ndarray:
+        return np.append(np.exp(z[:2]), z[2:] * np.array([1.0, scale]))
+
     result = least_squares(
-        residuals,
+        lambda z: _residuals(values(z), problem) / scale,
         np.array([*np.log(start[:2]), start[2], start[3] / scale]),
         jac="cs",  # exact: every operation above takes complex numbers
-        bounds=([limits[0]] * 2 + [low_weight, low], [limits[1]] * 2 + [high_weight, high]),
+        bounds=([limits[0]] * 2 + [*low], [limits[1]] * 2 + [*high]),
         x_scale="jac",
         ftol=1e-14,
         xtol=1e-12,
         gtol=1e-12,
         max_nfev=1000,
     )
-    if result.status <= 0:
-        return None
-    return np.append(np.exp(result.x[:2]), result.x[2:] * np.array([1.0, scale]))
+    return values(result.x) if result.status > 0 else None
 
 
 def _problem(

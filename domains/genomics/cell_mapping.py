@@ -62,8 +62,7 @@ def _mapped(sizes: Mapping[str, int], prior: Prior, *, form: Form, known: Nets) 
     made, held = Nets(form, prior), known.state_dict()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            of_batch = any(word in name for word in ("batch_", "log_ambient", "log_efficiency"))
-            if not of_batch:
+            if not any(word in name for word in ("batch_", "log_ambient", "log_efficiency")):
                 parameter.copy_(held[name])
                 parameter.requires_grad_(False)
     return made

@@ -159,17 +159,13 @@ def table(
     if panel.log_fractions:
         if found.rna is None:
             raise DataError("the template reads RNA, and these cells have none. Say where it is: rna=...")
-        rna, names = found.rna, tuple(genes) or found.genes
-        if names != found.genes:
-            rna = _taken(found, names)
+        names = tuple(genes) or found.genes
+        rna = found.rna if names == found.genes else _taken(found, names)
         columns |= {"rna": (("cell", "gene"), rna), "gene": (("gene",), np.array(names))}
     if panel.has_empties:
-        adt = (
-            np.full((1, len(panel.proteins)), np.nan)
-            if empties is None
-            else _aligned(empties, panel.proteins)
-        )
-        batch = np.array(panel.batches[:1]) if empties is None else empties.batch
+        adt, batch = np.full((1, len(panel.proteins)), np.nan), np.array(panel.batches[:1])
+        if empties is not None:
+            adt, batch = _aligned(empties, panel.proteins), empties.batch
         columns |= {"empty_adt": (("droplet", "protein"), adt), "empty_batch": (("droplet",), batch)}
     return columns
 

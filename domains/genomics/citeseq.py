@@ -164,11 +164,6 @@ def _weight_of_empties(batch: Batch) -> float:
     return min(1.0, batch.sizes["cell"] / batch.sizes["droplet"])
 
 
-def nets(sizes: Mapping[str, int], prior: Prior, *, form: Form) -> Nets:
-    """Networks with fresh weights."""
-    return Nets(form, prior)
-
-
 def guide(batch: Batch, prior: Prior, nets: Nets, *, form: Form) -> None:
     """Independent normals for what cells share; for each a joint normal of z, and a normal of a given z."""
     values = nets.globals(batch)
@@ -313,7 +308,7 @@ def make(
         model=partial(model, form=form),
         dims=_dims(form),
         guide=partial(guide, form=form),
-        nets=partial(nets, form=form),
+        nets=lambda sizes, prior: Nets(form, prior),
         prior=prior or Prior(),
         simulate=partial(simulate, form=form),
         derive=partial(derive, form=form),

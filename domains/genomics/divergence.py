@@ -27,7 +27,6 @@ def _called(result: xr.DataTree, template: Template, methylated: np.ndarray) -> 
     mean = result["posterior"].to_dataset().mean(("chain", "draw"))
     given = result["constant_data"].to_dataset()
     context, total = given["context"].values.astype(int), _counts(result)[1]
-    methylated = np.minimum(methylated, total)
     states = np.empty(total.shape, np.int8)
     for c, name in enumerate(mean["context"].values):
         own = context == c
@@ -44,11 +43,12 @@ def _called(result: xr.DataTree, template: Template, methylated: np.ndarray) -> 
 
 
 def _replicates(result: xr.DataTree, draws: int) -> list[np.ndarray]:
+    """Methylated reads of evenly spread draws, (locus, sample) each, 0 where nothing was covered."""
     if "posterior_predictive" not in result.children:
         raise ValueError('the result has no "posterior_predictive": make it with scivi.predict, not draw')
     made = result["posterior_predictive"].to_dataset()["methylated"].stack(sample_=("chain", "draw"))
-    kept = np.unique(np.linspace(0, made.sizes["sample_"] - 1, draws).astype(int))
-    return [made.isel(sample_=k).transpose("locus", "sample").values for k in kept]
+    kept, total = np.unique(np.linspace(0, made.sizes["sample_"] - 1, draws).astype(int)), _counts(result)[1]
+    return [np.minimum(made.isel(sample_=k).transpose("locus", "sample").values, total) for k in kept]
 
 
 def _counts(result: xr.DataTree) -> tuple[np.ndarray, np.ndarray]:
@@ -84,9 +84,7 @@ def divergence_over_time(result: xr.DataTree, template: Template, *, draws: int 
     )
     interval = np.quantile(made, [0.05, 0.95], axis=0).T
     observed = seen["divergence"].values
-    pairs = {
-        "pair": [f"{a} and {b}" for a, b in zip(seen["first"].values, seen["second"].values, strict=True)]
-    }
+    labels = [f"{a} and {b}" for a, b in zip(seen["first"].values, seen["second"].values, strict=True)]
     between = (seen["time1"] + seen["time2"] - 2 * seen["time0"]).values
     outside = float(((observed < interval[:, 0]) | (observed > interval[:, 1])).mean())
     return xr.Dataset(
@@ -96,7 +94,7 @@ def divergence_over_time(result: xr.DataTree, template: Template, *, draws: int 
             "expected": (("pair",), made.mean(0)),
             "interval": (("pair", "bound"), interval),
         },
-        {**pairs, "bound": ["lower", "upper"]},
+        {"pair": labels, "bound": ["lower", "upper"]},
         {"outside": outside},
     )
 
@@ -170,7 +168,6 @@ def misfits(result: xr.DataTree, template: Template, *, draws: int = 100) -> xr.
     observed, total = _counts(result)
 
     def statistics(methylated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        methylated = np.minimum(methylated, total)
         states = _called(result, template, methylated)
         called = states >= 0
         both = called & called[:, ancestor]
@@ -178,7 +175,7 @@ def misfits(result: xr.DataTree, template: Template, *, draws: int = 100) -> xr.
         by_sample = np.stack(
             [
                 methylated.sum(0) / np.maximum(total.sum(0), 1),
-                ((states == 1).sum(0)) / np.maximum(called.sum(0), 1),
+                (states == 1).sum(0) / np.maximum(called.sum(0), 1),
                 differs.sum(0) / np.maximum(both.sum(0), 1),
             ]
         )
@@ -189,7 +186,6 @@ def misfits(result: xr.DataTree, template: Template, *, draws: int = 100) -> xr.
     as_many = np.sum([c >= changes for c, _ in made], 0)
     replicas = np.stack([s for _, s in made])
     sd = np.maximum(replicas.std(0, ddof=1), 1e-12)
-    names = ["methylated", "intermediate", "unlike ancestor"]
     return xr.Dataset(
         {
             "locus_p": (("locus",), (1 + as_many) / (1 + len(made))),
@@ -197,7 +193,7 @@ def misfits(result: xr.DataTree, template: Template, *, draws: int = 100) -> xr.
         },
         {
             "locus": result["observed_data"]["locus"].values,
-            "statistic": names,
+            "statistic": ["methylated", "intermediate", "unlike ancestor"],
             "sample": list(pedigree.samples),
         },
     )

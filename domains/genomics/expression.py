@@ -45,8 +45,7 @@ def expression(
     if absent := [g for g in wanted if g not in names]:
         raise DataError(f"the fit has no gene {', '.join(absent[:10])}.")
     at = torch.tensor([names.index(g) for g in wanted])
-    posterior = result["posterior"].to_dataset().stack(sample_=("chain", "draw"))
-    z = posterior["z"].transpose("sample_", "cell", "latent").values
+    z = _draws(result, "z")
     place = _places(result, form, batch)
     found = np.empty((z.shape[1], len(wanted)), np.float32)
     with torch.no_grad():
@@ -54,7 +53,7 @@ def expression(
             cells = slice(start, start + step)
             fractions = nets.fractions(torch.as_tensor(z[:, cells]), place[cells])
             found[cells] = fractions[..., at].mean(0).numpy()
-    coords = {"cell": _cells(result), "gene": wanted}
+    coords = {"cell": result["posterior"]["cell"].values, "gene": wanted}
     return xr.DataArray(found, coords, ("cell", "gene"), "expression", {"units": "1 / cell"})
 
 
@@ -114,8 +113,7 @@ def differential_genes(
         Boyeau et al. 2023, PNAS 120, e2209124120, doi:10.1073/pnas.2209124120.
     """
     form, nets = form_of(fit.template), fit.nets.own
-    posterior = result["posterior"].to_dataset().stack(sample_=("chain", "draw"))
-    z = posterior["z"].transpose("sample_", "cell", "latent").values
+    z = _draws(result, "z")
     places = _places(result, form, None)
     rng, moments = np.random.default_rng(seed), _Moments(least)
     groups = [_members(group, z.shape[1]) for group in (first, second)]
@@ -145,14 +143,13 @@ def differential_proteins(
 
     Arguments, and what comes back by protein, are as ``differential_genes`` has them.
     """
-    posterior = result["posterior"].to_dataset().stack(sample_=("chain", "draw"))
-    level = posterior["denoised"].transpose("sample_", "cell", "protein").values
+    level = _draws(result, "denoised")
     rng, moments = np.random.default_rng(seed), _Moments(least)
     draw = rng.integers(0, len(level), pairs)
     cells = [rng.choice(_members(group, level.shape[1]), pairs) for group in (first, second)]
     one, other = (np.log2(level[draw, cell] + _LEAST_COUNT) for cell in cells)
     moments.add(one - other)
-    return moments.told({"protein": posterior["protein"].values}, fdr)
+    return moments.told({"protein": result["posterior"].to_dataset()["protein"].values}, fdr)
 
 
 class _Moments:
@@ -207,10 +204,8 @@ def transfer(
         raise DataError(f"{len(codes)} labels were given for {len(one)} reference cells.")
     _, near = KDTree(one).query(other, k=min(neighbours, len(one)))
     votes = np.stack([(codes[near] == k).mean(-1) for k in range(len(names))], -1)
-    cells = _cells(query)
-    return xr.Dataset(
-        {"label": ("cell", names[votes.argmax(-1)]), "share": ("cell", votes.max(-1))}, {"cell": cells}
-    )
+    columns = {"label": ("cell", names[votes.argmax(-1)]), "share": ("cell", votes.max(-1))}
+    return xr.Dataset(columns, {"cell": query["posterior"]["cell"].values})
 
 
 def plot_foreground(result: xr.DataTree, proteins: Sequence[str], *, ax: Where = None) -> Any:
@@ -263,7 +258,7 @@ def annotated(adata: Any, result: xr.DataTree) -> Any:
     if list(map(str, adata.obs_names)) != list(map(str, posterior["cell"].values)):
         raise DataError("the cells of the AnnData are not those of the result, or not in its order.")
     found, mean = adata.copy(), posterior.mean(("chain", "draw"))
-    found.obsm["scivi_z"] = mean["z"].transpose("cell", "latent").values
+    found.obsm["scivi_z"] = _mean_state(result)
     background = np.exp(posterior["log_background"].median(("chain", "draw")))
     tables = {"foreground": mean["foreground"], "denoised": mean["denoised"], "background": background}
     for name, table in tables.items():
@@ -275,13 +270,14 @@ def annotated(adata: Any, result: xr.DataTree) -> Any:
     return found
 
 
-def _cells(result: xr.DataTree) -> np.ndarray:
-    return result["posterior"].to_dataset()["cell"].values
+def _draws(result: xr.DataTree, name: str) -> np.ndarray:
+    """Draws of all chains, (sample, cell, latent or protein)."""
+    stacked = result["posterior"].to_dataset()[name].stack(sample_=("chain", "draw"))
+    return stacked.transpose("sample_", "cell", ...).values
 
 
 def _mean_state(result: xr.DataTree) -> np.ndarray:
-    mean = result["posterior"].to_dataset()["z"].mean(("chain", "draw"))
-    return mean.transpose("cell", "latent").values
+    return result["posterior"].to_dataset()["z"].mean(("chain", "draw")).transpose("cell", "latent").values
 
 
 def _places(result: xr.DataTree, form: Form, batch: str | None) -> torch.Tensor:

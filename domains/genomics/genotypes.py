@@ -54,9 +54,8 @@ def genotypes(
     changes, locus_changes = np.zeros((2, len(tree.edges), len(kept))), np.empty(n, np.float32)
     copies = torch.arange(len(names), dtype=torch.float32) / (len(names) - 1)
     moved = copies - copies[:, None]  # methylated share after less before
-    starts = range(0, n, per_block)
-    for start in tqdm(starts, disable=not progress, desc="genotypes", unit="block"):
-        loci = slice(start, min(n, start + per_block))
+    for start in tqdm(range(0, n, per_block), disable=not progress, desc="genotypes", unit="block"):
+        loci = slice(start, start + per_block)
         found = _posterior_of(result, posterior, loci, tree, form)
         probabilities[loci] = found.states.mean(2).permute(2, 0, 1).numpy()
         for k, sign in enumerate((1.0, -1.0)):
@@ -109,13 +108,8 @@ def _posterior_of(
         root = _tensor(posterior["founder"])[:, context].unbind(-1)
     shared = (_tensor(posterior[name])[:, None] for name in ("inappropriate", "overdispersion"))
     with torch.no_grad():
-        reads = seen(
-            methylated,
-            total,
-            Errors(_tensor(posterior["nonconversion"]), *shared),
-            len(root),
-            form.most_reads,
-        )
+        errors = Errors(_tensor(posterior["nonconversion"]), *shared)
+        reads = seen(methylated, total, errors, len(root), form.most_reads)
         return sum_product.posterior(tree, reads, transmission.step(form.reproduction, gain, loss), root)
 
 

@@ -341,7 +341,7 @@ def simulate(
     Args:
         sizes: "molecule" and "site".
         prior: all of it.
-        generator: numpy's, or torch's, whose seed starts numpy's.
+        generator: whose seed starts numpy's.
         stationary: as in ``make``.
         in_vitro: as in ``make``; no parent is read.
     """

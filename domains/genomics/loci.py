@@ -126,11 +126,10 @@ def moments(batch: Batch, values: Mapping[str, Tensor], form: Form) -> tuple[Ten
     """
     loci = Loci.of(batch, form)
     n_draws = event(values["log_gain"], 1).dim() - 1
-    at = {name: value.flatten(0, n_draws - 1).mean(0) if n_draws else value for name, value in values.items()}
-    at = {name: value.squeeze(0) if n_draws else value for name, value in at.items()}
-    mean, tril = _of_one_draw(batch, loci, at, form)
     if not n_draws:
-        return mean, tril
+        return _of_one_draw(batch, loci, values, form)
+    at = {name: value.flatten(0, n_draws - 1).mean(0).squeeze(0) for name, value in values.items()}
+    mean, tril = _of_one_draw(batch, loci, at, form)
     expected, sigma = _prior_of(loci, at)
     inverse = torch.cholesky_inverse(tril)
     precision = (inverse - torch.eye(2).to(inverse)) / (sigma.unsqueeze(-1) * sigma.unsqueeze(-2))

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, cast
 
@@ -327,15 +327,9 @@ def make(
         equilibrium,
         most_reads,
     )
-    settings = {
-        "pedigree": pedigree.to_dict(),
-        "reproduction": reproduction,
-        "contexts": list(contexts),
-        "annotations": list(annotations),
-        "heterogeneous": heterogeneous,
-        "equilibrium": equilibrium,
-        "most_reads": most_reads,
-    }
+    settings = {field.name: getattr(form, field.name) for field in fields(form) if field.name != "tree"}
+    coords = {"context": form.contexts, "genotype": form.states}
+    coords |= {"annotation": form.annotations} if form.annotations else {}
     dims = _dims(form)
     rate = {name: "1 / generation" for name in dims if "_rate" in name}
     return Template(
@@ -349,13 +343,11 @@ def make(
         prior=prior or Prior(),
         simulate=partial(simulate, form=form, samples=pedigree.samples),
         units=rate | {name: "ln(1 / generation)" for name in dims if name.startswith("locus_")},
-        sizes={"context": len(form.contexts), "genotype": len(form.states)}
-        | ({"annotation": len(form.annotations)} if form.annotations else {}),
-        coords={"context": form.contexts, "genotype": form.states}
-        | ({"annotation": form.annotations} if form.annotations else {}),
+        sizes={dim: len(labels) for dim, labels in coords.items()},
+        coords=coords,
         validate=partial(validate, pedigree=pedigree),
         distinct=True,
-        made=("domains.genomics.methylation:make", settings),
+        made=("domains.genomics.methylation:make", {"pedigree": pedigree.to_dict(), **settings}),
     )
 
 

@@ -364,11 +364,8 @@ class Reader:
             sample.places[name] = (before[0], span[1])
         sample.most = max(sample.most, int(loci["total"].max(initial=0)))
         sample.strands |= {divmod(int(k), 4) for k in np.unique(4 * loci["context"] + loci["strand"])}
-        kept = np.empty(len(loci), KEPT)
-        for name in KEPT.names or ():
-            kept[name] = loci[name]
-        out.write(kept.tobytes())
-        sample.n_lines += len(kept)
+        out.write(loci[list(KEPT.names or ())].astype(KEPT).tobytes())
+        sample.n_lines += len(loci)
 
 
 def _blocks(raw: BinaryIO, bar: tqdm) -> Iterator[bytes]:

@@ -25,6 +25,7 @@ from scivi.errors import DataError, listed
 _WINDOW, _ENTRIES = 2**20, 2**23  # positions, and positions x samples, merged at once (our choice: 0.2 GB)
 _CHUNKS = 8  # chunks that are written at once (our choice)
 _ZSTD = {"id": "blosc", "cname": "zstd", "clevel": 1, "shuffle": 1, "blocksize": 0}  # half of anndata's lz4
+_GZIP = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 _SAID = 50  # faults that are told (our choice)
 
 
@@ -246,12 +247,12 @@ class CountTable:
         self.root: Any = (
             zarr.open_group(path, mode="w", zarr_format=2) if self.is_zarr else h5py.File(path, "w")
         )
-        self._frame(list(samples), contexts, pedigree)
-        self.arrays = {name: self._array(name) for name in self._names}
+        self.arrays = {name: self._array(name) for name in self._frame(list(samples), contexts, pedigree)}
         self.waiting: dict[str, list[np.ndarray]] = {name: [] for name in self.arrays}
         self.n_waiting = self.n_loci = 0
 
-    def _frame(self, samples: list[str], contexts: Sequence[str], pedigree: Any) -> None:
+    def _frame(self, samples: list[str], contexts: Sequence[str], pedigree: Any) -> list[str]:
+        """Write the table without rows; the names of its arrays along them."""
         import pandas as pd
         from anndata import AnnData
         from anndata.io import write_elem
@@ -269,28 +270,22 @@ class CountTable:
             uns["pedigree"] = table.assign(parent=table["parent"].fillna("")) if "parent" in table else table
         write_elem(self.root, "/", AnnData(obs=obs, var=var, layers=layers, uns=uns))
         codes = [f"obs/{name}/codes" for name in words]
-        self._names = ["obs/_index", *codes, "obs/start", *(f"layers/{n}" for n in layers)]
+        return ["obs/_index", *codes, "obs/start", *(f"layers/{n}" for n in layers)]
 
     def _array(self, name: str) -> Any:
         """The array along the rows of that name, made anew so that it can grow."""
         old = self.root[name]
         attrs, shape, dtype = dict(old.attrs), (0, *old.shape[1:]), old.dtype
         n = self.chunk if name.startswith("layers") else _CHUNKS * self.chunk
+        chunks, most = (n, *shape[1:]), (None, *shape[1:])
         del self.root[name]
         if self.is_zarr:
-            form: dict[str, Any] = {"compressors": _ZSTD}
-            new = self.root.create_array(name, shape=shape, chunks=(n, *shape[1:]), dtype=dtype, **form)
+            new = self.root.create_array(name, shape=shape, chunks=chunks, dtype=dtype, compressors=_ZSTD)
         else:
             import h5py
 
-            form = {
-                "maxshape": (None, *shape[1:]),
-                "compression": "gzip",
-                "compression_opts": 1,
-                "shuffle": True,
-            }
             kind = h5py.string_dtype() if dtype.kind == "O" else dtype
-            new = self.root.create_dataset(name, shape, kind, chunks=(n, *shape[1:]), **form)
+            new = self.root.create_dataset(name, shape, kind, chunks=chunks, maxshape=most, **_GZIP)
         new.attrs.update(attrs)
         return new
 
@@ -332,8 +327,7 @@ class CountTable:
         for name, array in self.arrays.items():
             values, n_before = np.concatenate(self.waiting[name]), array.shape[0]
             array.resize((n_before + n, *array.shape[1:]))
-            if n:
-                array[n_before:] = values[:n].astype(array.dtype, copy=False)
+            array[n_before:] = values[:n].astype(array.dtype, copy=False)
             self.waiting[name] = [values[n:]]
         self.n_waiting -= n
 

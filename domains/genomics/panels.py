@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from scivi.errors import TemplateError, listed
@@ -32,7 +32,7 @@ class Panel:
     log_fold: tuple[float, ...]
     share: tuple[float, ...]
     log_fractions: tuple[float, ...] = ()
-    isotypes: tuple[str, ...] = field(default=())
+    isotypes: tuple[str, ...] = ()
     has_empties: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,8 +49,7 @@ class Panel:
         ]
         if faults:
             raise TemplateError(listed("the panel cannot be read:", faults))
-        plain = {name: table[name] for name in names if name in table}
-        return cls(**{name: _tuples(value) for name, value in plain.items()})
+        return cls(**{name: _tuples(value) for name, value in table.items()})
 
     def faults(self) -> list[str]:
         """What cannot be right in it."""
@@ -108,7 +107,7 @@ class Form:
     n_latent: int
     hidden: int
     dropout: float
-    reference: int = 0
+    reference: int
 
     @property
     def n_batches(self) -> int:

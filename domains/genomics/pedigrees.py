@@ -85,8 +85,7 @@ class Pedigree:
         # A founder has no edge: some tables leave its length empty.
         edges = [0 if n is None and not above else n for n, above in zip(edges, parents, strict=True)]
         if samples is None:
-            flags = _flags(columns["observed"], "observed")
-            samples = [node for node, flag in zip(nodes, flags, strict=True) if flag]
+            samples = _flagged(nodes, columns["observed"], "observed")
         return _checked(cls(tuple(nodes), tuple(parents), tuple(edges), tuple(map(str, samples))), check)
 
     @classmethod
@@ -131,8 +130,7 @@ class Pedigree:
         if "gendiff" in edges:
             _warn_of_gendiff(dict(zip(nodes, lengths, strict=True)), arrows, edges["gendiff"])
         if samples is None:
-            flags = _flags(listing[meth], meth)
-            samples = [node for node, flag in zip(nodes, flags, strict=True) if flag]
+            samples = _flagged(nodes, listing[meth], meth)
         return _checked(cls(tuple(nodes), tuple(parents), tuple(lengths), tuple(map(str, samples))), check)
 
     @classmethod
@@ -149,11 +147,7 @@ class Pedigree:
         if not self.nodes:
             return ["the pedigree has no nodes"]
         faults = []
-        lengths = {
-            "nodes": len(self.nodes),
-            "parents": len(self.parents),
-            "generations": len(self.generations),
-        }
+        lengths = {name: len(getattr(self, name)) for name in FIELDS[:3]}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{n} {name}" for name, n in lengths.items())
             faults.append(f"there are {counts}; one of each per node is needed")
@@ -163,11 +157,11 @@ class Pedigree:
         if "" in self.nodes:
             faults.append('a node has the empty name, which stands for "no parent"; name it')
         known = set(self.nodes)
-        for node, parent in zip(self.nodes, self.parents, strict=False):
-            if parent and parent not in known:
-                faults.append(
-                    f'node "{node}" has the parent "{parent}", which is no node; add it or correct it'
-                )
+        faults += [
+            f'node "{node}" has the parent "{parent}", which is no node; add it or correct it'
+            for node, parent in zip(self.nodes, self.parents, strict=False)
+            if parent and parent not in known
+        ]
         faults += self._cycles()
         for node, parent, edge in zip(self.nodes, self.parents, self.generations, strict=False):
             faults += _edge_faults(node, parent, edge)
@@ -256,11 +250,10 @@ class Pedigree:
         times, parent = self.times(), dict(zip(self.nodes, self.parents, strict=True))
         lines: dict[str, dict[str, None]] = {}  # of each sample: itself, its parent, ... up to the founder
         for sample in self.samples:
-            line, node = {}, sample
+            node, lines[sample] = sample, {}
             while node:
-                line[node] = None
+                lines[sample][node] = None
                 node = parent[node]
-            lines[sample] = line
         rows, strangers = [], []
         for i, a in enumerate(self.samples):
             for b in self.samples[i + 1 :]:
@@ -362,7 +355,7 @@ def _numbers(texts: Sequence[str], name: str) -> list[Any]:
     return numbers
 
 
-def _flags(texts: Sequence[str], name: str) -> list[bool]:
+def _flagged(nodes: Sequence[str], texts: Sequence[str], name: str) -> list[str]:
     wrong = [
         f'row {row} has {name} "{text}"; true or false is needed'
         for row, text in enumerate(texts)
@@ -370,7 +363,7 @@ def _flags(texts: Sequence[str], name: str) -> list[bool]:
     ]
     if wrong:
         raise DataError(listed("Entries cannot be read:", wrong))
-    return [text.lower() in YES for text in texts]
+    return [node for node, text in zip(nodes, texts, strict=True) if text.lower() in YES]
 
 
 def _differences(nodes: Sequence[str], parents: Sequence[str], dates: Sequence[Any]) -> list[Any]:

@@ -32,6 +32,7 @@ from scivi.models.networks import perceptron
 
 FARTHEST = 8.0  # sd of levels, times or shared parameters beyond which it sees no more (our choice)
 MOST_STRETCH = 4.0  # ln of a factor of fifty: more is no correction (our choice)
+WIDTH = 64  # of the maps (our choice)
 OWN = ("at_rest", "override")  # fields that a table may lack
 
 
@@ -61,10 +62,9 @@ class Population:
         """The estimated parameters at some places."""
         return tuple(self.problem.estimated[k] for k in places)
 
-    def scatter_scale(self, scatter: float, like: Tensor) -> Tensor:
-        """A scatter in ln units on the scale of each parameter (parameter,)."""
-        bases = [LN[each.scale] or 1.0 for each in self.parameters(self.varying)]
-        return scatter / like.new_tensor(bases)
+    def ln_bases(self, like: Tensor) -> Tensor:
+        """Natural log of the base of each varying parameter's scale (parameter,)."""
+        return like.new_tensor([LN[each.scale] or 1.0 for each in self.parameters(self.varying)])
 
     @property
     def moves(self) -> bool:
@@ -129,7 +129,6 @@ class Encoder(nn.Module):
 
     Args:
         population: whose observables it reads, and whose parameters it tells of.
-        width: of the maps.
     """
 
     # Of (theta - centre) / width; of levels (observable,), of ln(1 + time / first), of the shared parameters.
@@ -143,21 +142,21 @@ class Encoder(nn.Module):
     shared_mean: Tensor
     shared_sd: Tensor
 
-    def __init__(self, population: Population, width: int = 64) -> None:
+    def __init__(self, population: Population) -> None:
         super().__init__()
         problem, d, s = population.problem, len(population.varying), len(population.shared)
-        self.kinds = tuple(each.transformation for each in problem.observables)
-        n, self.dims = len(self.kinds), d
-        for name, size in (("", d), ("level_mean", n), ("late_mean", 1), ("shared_mean", s)):
-            names = ("centre", "width") if not name else (name, name.replace("mean", "sd"))
-            self.register_buffer(names[0], torch.zeros(size))
-            self.register_buffer(names[1], torch.ones(size))
+        self.is_log = tuple(each.is_log for each in problem.observables)
+        n, self.dims = len(self.is_log), d
+        pairs = (("centre", "width", d), ("level_mean", "level_sd", n), ("late_mean", "late_sd", 1))
+        for mean, sd, size in (*pairs, ("shared_mean", "shared_sd", s)):
+            self.register_buffer(mean, torch.zeros(size))
+            self.register_buffer(sd, torch.ones(size))
         features = 3 + n + problem.n_slots
         self.register_buffer("first", torch.ones(1))
-        self.element = perceptron(features, width, (width,))
-        self.whole = perceptron(width + 1, width, (width,))
-        self.factor = perceptron(features + width, d + 1, (width, width))
-        self.place = perceptron(width + s, 2 * d, (width,), last=0.1)
+        self.element = perceptron(features, WIDTH, (WIDTH,))
+        self.whole = perceptron(WIDTH + 1, WIDTH, (WIDTH,))
+        self.factor = perceptron(features + WIDTH, d + 1, (WIDTH, WIDTH))
+        self.place = perceptron(WIDTH + s, 2 * d, (WIDTH,), last=0.1)
 
     def read(self, values: Mapping[str, Tensor], present: Tensor) -> Measurements:
         """The measurements of a table.
@@ -168,7 +167,7 @@ class Encoder(nn.Module):
         """
         measured, time = values["measured"], values["time"]
         n = measured.shape[-1]
-        is_log = torch.tensor([kind != "lin" for kind in self.kinds], device=measured.device)
+        is_log = torch.tensor(self.is_log, device=measured.device)
         level = torch.where(present, measured, 1.0)
         level = torch.where(is_log, torch.where(is_log, level, 1.0).log(), level)
         level = (level - self.level_mean) / self.level_sd

@@ -143,15 +143,6 @@ def unscaled(problem: Problem, scaled: Tensor) -> Tensor:
     return tensors.stack(columns, scaled[..., 0]) if columns else scaled
 
 
-def scaled(problem: Problem, values: Tensor) -> Tensor:
-    """Estimated parameters on their own scale, from those on the linear one (*draw, estimated)."""
-    columns = [
-        {"lin": lambda x: x, "log": torch.log, "log10": torch.log10}[each.scale](x)
-        for each, x in zip(problem.estimated, values.unbind(-1), strict=True)
-    ]
-    return tensors.stack(columns, values[..., 0]) if columns else values
-
-
 def log_likelihood(problem: Problem, measured: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
     """Log density of each measurement m, t(m) - t(mean) ~ noise of scale sd, with t the transformation.
 
@@ -169,7 +160,7 @@ def log_likelihood(problem: Problem, measured: Tensor, mean: Tensor, sd: Tensor)
     seen = ~torch.isnan(measured)
     kinds = problem.observables
     base = mean.new_tensor([math.log(10.0) if o.transformation == "log10" else 1.0 for o in kinds])
-    is_log = torch.tensor([o.transformation != "lin" for o in kinds], device=mean.device)
+    is_log = torch.tensor([o.is_log for o in kinds], device=mean.device)
     is_laplace = torch.tensor([o.distribution == "laplace" for o in kinds], device=mean.device)
     m, mu, scale = (torch.where(seen, x, 1.0) for x in (measured, mean, sd))
     log_m = torch.where(is_log, m, 1.0).log()
@@ -269,7 +260,8 @@ def _observing(
     context = [name for name in moving if name in used]
     estimated = [each.name for each in problem.estimated]
     outer = [name for name in estimated if name not in context]
-    slots = [f"slot {k} {s}" for k, o in enumerate(problem.observables) for s in range(len(o.slots))]
+    own = [(k, s) for k, o in enumerate(problem.observables) for s in range(len(o.slots))]
+    slots = [f"slot {k} {s}" for k, s in own]
     function = tensors.function([*means, *noises], ["time", *network.species, *context, *outer, *slots])
 
     def observed(
@@ -289,10 +281,8 @@ def _observing(
         columns = [time, *y.unbind(-1), *context.unsqueeze(-2).unbind(-1)]
         columns += [values[..., estimated.index(name), None, None] for name in outer]
         if override is not None:
-            own = [(k, s) for k, o in enumerate(problem.observables) for s in range(len(o.slots))]
             columns += [override[..., k, s] for k, s in own]
-        found = tensors.stack(function(columns), y[..., 0])
-        mean, sd = found.split(len(problem.observables), -1)
+        mean, sd = tensors.stack(function(columns), y[..., 0]).split(len(problem.observables), -1)
         return mean, sd
 
     return context, observed

@@ -19,7 +19,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +35,8 @@ from torch.distributions import constraints
 from domains.kinetics import experiments as ready
 from domains.kinetics import search
 from domains.kinetics.petab_problems import Problem, faults_of_data
-from domains.kinetics.priors import ParameterPrior
-from domains.kinetics.simulation import FLOOR, Form, Simulated, label, simulated
+from domains.kinetics.priors import FAMILIES, LN, ParameterPrior
+from domains.kinetics.simulation import FLOOR, Form, Simulated, simulated
 from scivi.errors import DataError, FitError, TemplateError, listed
 from scivi.models import Batch, Template, guides
 from scivi.models.flows import Flow, JointFlowGuide
@@ -116,9 +115,7 @@ class Noise(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density (*batch)."""
-        is_log = torch.tensor(
-            [o.transformation != "lin" for o in self.problem.observables], device=value.device
-        )
+        is_log = torch.tensor([o.is_log for o in self.problem.observables], device=value.device)
         value = torch.where(is_log & (value <= 0), 1.0, value)  # 0 stands where nothing was measured
         value, mean, sd = torch.broadcast_tensors(value, self.centre, self.sd)
         return ready.log_likelihood(self.problem, value, mean, sd)
@@ -128,16 +125,10 @@ class Noise(TorchDistribution):
         with torch.no_grad():
             shape = self._extended_shape(torch.Size(sample_shape))
             mean, sd = self.centre.expand(shape), self.sd.expand(shape)
-            kinds = self.problem.observables
             columns = []
-            for k, each in enumerate(kinds):
-                made = (
-                    torch.distributions.Laplace
-                    if each.distribution == "laplace"
-                    else torch.distributions.Normal
-                )
+            for k, each in enumerate(self.problem.observables):
+                made, base = FAMILIES[each.distribution], LN[each.transformation]
                 error = made(torch.zeros_like(sd[..., k]), sd[..., k], validate_args=False).sample()
-                base = {"lin": 0.0, "log": 1.0, "log10": math.log(10.0)}[each.transformation]
                 columns.append(mean[..., k] * (base * error).exp() if base else mean[..., k] + error)
             return torch.stack(columns, -1)
 
@@ -257,7 +248,7 @@ def make(
         nets=_counter,
         derive=partial(derive, form=form),
         sizes={"parameter": n},
-        coords={"parameter": tuple(label(each) for each in problem.estimated)},
+        coords={"parameter": tuple(each.label for each in problem.estimated)},
         validate=partial(_validate, problem=problem),
         plan=FLOWING if guide == "flow" else {},
         distinct=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
@@ -76,11 +76,7 @@ class Network:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-        plain["reactions"] = [
-            {"name": r.name, "change": dict(r.change), "rate": r.rate} for r in self.reactions
-        ]
-        return plain
+        return plain(self)
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Network:
@@ -89,16 +85,13 @@ class Network:
         Raises:
             TemplateError: listing entries that no network has, or that are missing.
         """
-        faults = missing_or_unknown(cls, table, ("species", "reactions", "parameters", "initial"))
+        faults = missing_or_unknown(cls, table)
         faults += [
             f"reaction {k + 1}: {fault}"
             for k, each in enumerate(entries_of(table, "reactions", faults))
-            for fault in (
-                *missing_or_unknown(Reaction, each, ("name", "change", "rate")),
-                *_no_tables(each, ("change",)),
-            )
+            for fault in (*missing_or_unknown(Reaction, each), *no_tables(each, ("change",)))
         ]
-        faults += _no_tables(table, ("parameters", "initial", "assignments", "volumes"))
+        faults += no_tables(table, ("parameters", "initial", "assignments", "volumes"))
         if faults:
             raise TemplateError(listed("the network cannot be read:", faults))
         return cls(**{**table, "reactions": tuple(Reaction(**each) for each in table["reactions"])})
@@ -213,23 +206,32 @@ def network(
     return found
 
 
+def plain(value: Any) -> Any:
+    """Dataclasses and mappings as dicts, tuples as lists, however deep."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, tuple) else value
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a finite number, and no text that says one."""
     return isinstance(value, Real) and math.isfinite(value)
 
 
-def missing_or_unknown(cls: Any, table: Any, needed: Iterable[str]) -> list[str]:
+def missing_or_unknown(cls: Any, table: Any) -> list[str]:
     """What a table of plain values lacks to be one of a class, and has too much."""
     if not isinstance(table, Mapping):
         return [f"it is {table!r}, and no table of what a {cls.__name__.lower()} has"]
-    known = [f.name for f in fields(cls)]
+    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
     return [
-        *(f'"{name}" is missing' for name in needed if name not in table),
+        *(f'"{name}" is missing' for name, is_needed in known.items() if is_needed and name not in table),
         *(f'there is no "{name}" in a {cls.__name__.lower()}' for name in table if name not in known),
     ]
 
 
-def _no_tables(table: Any, keys: Iterable[str]) -> list[str]:
+def no_tables(table: Any, keys: Iterable[str]) -> list[str]:
     """Entries of a table of plain values that should be tables and are not."""
     found = table if isinstance(table, Mapping) else {}
     return [
@@ -295,12 +297,6 @@ def _rate_text(
         faults.append(f'"{arrow}": mass action needs whole numbers of reactants; write the rate out')
     factor = text if re.fullmatch(r"[\w.]+", text) else f"({text})"
     return " * ".join([factor, *(s if n == 1 else f"{s}^{n:g}" for s, n in left.items())])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _faults_of_names(kinds: Mapping[str, Iterable[str]]) -> list[str]:

@@ -18,6 +18,9 @@ from domains.kinetics.petab_problems import Observable, Problem
 
 _PLACEHOLDER = re.compile(r"\b(observable|noise)Parameter(\d+)_(\w+)\b")
 
+# Observable, the parameters that it names by place, and the places of numbers of a measurement's own.
+Kind = tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]
+
 
 class Measured(NamedTuple):
     """A measurement: its row and kind by number, and the numbers that it has for itself alone."""
@@ -36,8 +39,7 @@ def measurements(
     table = {row["observableId"]: row for row in tables["observable"]}
     often = Counter(row["observableId"] for row in tables["observable"])
     faults += [f'there are {n} observables "{name}"' for name, n in often.items() if n > 1]
-    kinds: dict[tuple[str, tuple[str, ...]], int] = {}
-    named: list[tuple[str, dict[str, Value]]] = []
+    kinds: dict[Kind, int] = {}
     rows: dict[tuple[str, str], int] = {}
     found = []
     wrong: dict[str, list[str]] = {}  # what is, and where
@@ -46,8 +48,8 @@ def measurements(
         time, value = number(row, "time", faults), number(row, "measurement", faults)
         if name not in table:
             wrong.setdefault(f'there is no observable "{name}"', []).append(where)
-        words = [row[each] for each, x in (("time", time), ("measurement", value)) if x is None]
-        if any(not is_empty(each) for each in words):  # which ``number`` has told
+        cells = [row[each] for each, x in (("time", time), ("measurement", value)) if x is None]
+        if any(not is_empty(each) for each in cells):  # which ``number`` has told
             continue
         if time is None or value is None or not (time >= 0 and math.isfinite(value)):
             faults.append(
@@ -61,47 +63,37 @@ def measurements(
             faults.append(
                 f'{where}: measurement is {value:g}; on the log scale of "{name}" it must be above 0'
             )
-        given, unplaced = _placed(row, table[name])
+        words, numbers, unplaced = _placed(row, table[name])
         for fault in unplaced:
             wrong.setdefault(fault, []).append(where)
-        words = tuple(f"{k}={v}" for k, v in given.items() if isinstance(v, str))
-        if (name, words) not in kinds:
-            kinds[name, words] = len(named)
-            named.append((name, given))
+        kind = kinds.setdefault((name, tuple(words.items()), tuple(numbers)), len(kinds))
         before = row.get("preequilibrationConditionId", "")
         pair = (row["simulationConditionId"], "" if is_empty(before) else before)
-        own = [v for v in given.values() if not isinstance(v, str)]
-        found.append(Measured(rows.setdefault(pair, len(rows)), kinds[name, words], time, value, own))
+        found.append(Measured(rows.setdefault(pair, len(rows)), kind, time, value, [*numbers.values()]))
     faults += [
         f"{places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}: {fault}"
         for fault, places in wrong.items()
     ]
-    labels = _labels(named)
-    kinds_found = tuple(
-        _observable(table[n], given, label) for (n, given), label in zip(named, labels, strict=True)
-    )
-    return kinds_found, tuple(rows), found
+    labels = _labels([*kinds])
+    observables = [
+        _observable(table[kind[0]], kind, label) for kind, label in zip(kinds, labels, strict=True)
+    ]
+    return tuple(observables), tuple(rows), found
 
 
-def _labels(named: Sequence[tuple[str, Mapping[str, Value]]]) -> list[str]:
+def _labels(kinds: Sequence[Kind]) -> list[str]:
     """Name each kind of measurement: by its observable, and by the parameters that tell it from others."""
-    words = [{k: v for k, v in given.items() if isinstance(v, str)} for _, given in named]
-    short = [
-        f"{name}[{', '.join(of.values())}]" if of else name
-        for (name, _), of in zip(named, words, strict=True)
-    ]
-    full = [
-        f"{name}{[f'{k}={v}' for k, v in of.items()]}" for (name, _), of in zip(named, words, strict=True)
-    ]
-    once, often = Counter(name for name, _ in named), Counter(short)
+    short = [f"{name}[{', '.join(v for _, v in words)}]" if words else name for name, words, _ in kinds]
+    full = [f"{name}{[f'{k}={v}' for k, v in words]}" for name, words, _ in kinds]
+    once, often = Counter(name for name, _, _ in kinds), Counter(short)
     return [
         name if once[name] == 1 else a if often[a] == 1 else b
-        for (name, _), a, b in zip(named, short, full, strict=True)
+        for (name, _, _), a, b in zip(kinds, short, full, strict=True)
     ]
 
 
-def _placed(row: Row, observable: Row) -> tuple[dict[str, Value], list[str]]:
-    """What a measurement puts in place of each placeholder of its observable, and what is wrong with it."""
+def _placed(row: Row, observable: Row) -> tuple[Mapping[str, str], Mapping[str, float], list[str]]:
+    """Parameters and numbers that a measurement puts in its observable's places, and what is wrong."""
     text = f"{observable['observableFormula']} {observable['noiseFormula']}"
     needed = {(kind, int(k)) for kind, k, of in _PLACEHOLDER.findall(text) if of == row["observableId"]}
     found: dict[str, Value] = {}
@@ -115,27 +107,27 @@ def _placed(row: Row, observable: Row) -> tuple[dict[str, Value], list[str]]:
             given = (given + ["1"] * count)[:count]
         places = [f"{kind}Parameter{k + 1}_{row['observableId']}" for k in range(count)]
         found |= {place: as_value(each) for place, each in zip(places, given, strict=True)}
+    words = {name: value for name, value in found.items() if isinstance(value, str)}
     numbers = {name: value for name, value in found.items() if not isinstance(value, str)}
     faults += [f'"{name}" is not finite' for name, value in numbers.items() if not math.isfinite(value)]
     alone = numbers.get(observable["noiseFormula"], 1.0)
     if alone <= 0:
         faults.append(f'noiseParameters is "{row["noiseParameters"]}"; the scale of noise must be above 0')
-    return found, faults
+    return words, numbers, faults
 
 
-def _observable(row: Row, given: Mapping[str, Value], label: str) -> Observable:
+def _observable(row: Row, kind: Kind, label: str) -> Observable:
     """A kind of measurement: named parameters in the placeholders, numbers left as slots."""
-    name = row["observableId"]
-    words = {place: value for place, value in given.items() if isinstance(value, str)}
-    formula = formulas.renamed(row["observableFormula"], words)
-    noise = formulas.renamed(row["noiseFormula"], {**words, name: f"({formula})"})
+    name, words, slots = kind
+    formula = formulas.renamed(row["observableFormula"], dict(words))
+    noise = formulas.renamed(row["noiseFormula"], {**dict(words), name: f"({formula})"})
     return Observable(
         label,
         formula,
         noise,
         _transformation(row),
         "normal" if is_empty(row.get("noiseDistribution", "")) else row["noiseDistribution"],
-        tuple(place for place, value in given.items() if not isinstance(value, str)),
+        slots,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
@@ -18,15 +18,23 @@ from typing import Any
 import numpy as np
 
 from domains.kinetics import formulas
-from domains.kinetics.networks import Network, Value, entries_of, is_number, missing_or_unknown
+from domains.kinetics.networks import (
+    Network,
+    Value,
+    entries_of,
+    is_number,
+    missing_or_unknown,
+    no_tables,
+    plain,
+)
 from scivi.errors import DataError, TemplateError, listed
 
 SCALES = ("lin", "log", "log10")
 DISTRIBUTIONS = ("normal", "laplace")
-PRIORS = {
-    **dict.fromkeys(("uniform", "normal", "laplace", "logNormal", "logLaplace"), 2),
-    **dict.fromkeys(("parameterScaleUniform", "parameterScaleNormal", "parameterScaleLaplace"), 2),
-}
+PRIORS = (  # each has two parameters
+    *("uniform", "normal", "laplace", "logNormal", "logLaplace"),
+    *("parameterScaleUniform", "parameterScaleNormal", "parameterScaleLaplace"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,11 @@ class Parameter:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prior_parameters", tuple(self.prior_parameters))
+
+    @property
+    def label(self) -> str:
+        """Its name, with its scale."""
+        return self.name if self.scale == "lin" else f"{self.scale} {self.name}"
 
     def faults(self) -> list[str]:
         """What cannot be right in it."""
@@ -85,7 +98,7 @@ class Parameter:
         if not numbers:
             return found
         told = f"its prior {self.prior!r} has {'; '.join(map(str, numbers))}"
-        if len(numbers) != PRIORS[self.prior]:
+        if len(numbers) != 2:
             return [*found, f"its prior {self.prior!r} needs two parameters, not {len(numbers)}"]
         if not all(map(is_number, numbers)):
             return [*found, f"{told}, which are no finite numbers"]
@@ -125,6 +138,11 @@ class Observable:
     def __post_init__(self) -> None:
         object.__setattr__(self, "slots", tuple(self.slots))
 
+    @property
+    def is_log(self) -> bool:
+        """Whether the noise is added on a log scale."""
+        return self.transformation != "lin"
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -155,8 +173,8 @@ class Problem:
             told = (f'{row!r} is no pair; write (condition, "") or (condition, before)' for row in wrong)
             raise TemplateError(listed("the rows of the problem cannot be read:", told))
         object.__setattr__(self, "rows", tuple((now, before) for now, before in self.rows))
-        plain = {name: MappingProxyType(dict(sets)) for name, sets in self.conditions.items()}
-        object.__setattr__(self, "conditions", MappingProxyType(plain))
+        conditions = {name: MappingProxyType(dict(sets)) for name, sets in self.conditions.items()}
+        object.__setattr__(self, "conditions", MappingProxyType(conditions))
 
     @property
     def estimated(self) -> tuple[Parameter, ...]:
@@ -176,14 +194,7 @@ class Problem:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return {
-            "network": self.network.to_dict(),
-            "parameters": [_plain(asdict(each)) for each in self.parameters],
-            "observables": [_plain(asdict(each)) for each in self.observables],
-            "conditions": {name: dict(sets) for name, sets in self.conditions.items()},
-            "rows": [list(row) for row in self.rows],
-            "name": self.name,
-        }
+        return plain(self)
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Problem:
@@ -192,23 +203,20 @@ class Problem:
         Raises:
             TemplateError: listing entries that no problem has, or that are missing.
         """
-        faults = missing_or_unknown(cls, table, [f.name for f in fields(cls) if f.name != "name"])
-        for key, kind, needed in (
-            ("parameters", Parameter, ("name",)),
-            ("observables", Observable, ("name", "formula", "noise")),
-        ):
+        faults = [*missing_or_unknown(cls, table), *no_tables(table, ("conditions",))]
+        if not faults:
+            faults += [
+                f"conditions: {fault}" for fault in no_tables(table["conditions"], table["conditions"])
+            ]
+        for key, kind in (("parameters", Parameter), ("observables", Observable)):
             for k, each in enumerate(entries_of(table, key, faults)):
-                faults += [f"{key}, {k + 1}: {fault}" for fault in missing_or_unknown(kind, each, needed)]
+                faults += [f"{key}, {k + 1}: {fault}" for fault in missing_or_unknown(kind, each)]
         if faults:
             raise TemplateError(listed("the problem cannot be read:", faults))
-        return cls(
-            network=Network.from_dict(table["network"]),
-            parameters=tuple(Parameter(**each) for each in table["parameters"]),
-            observables=tuple(Observable(**each) for each in table["observables"]),
-            conditions=table["conditions"],
-            rows=tuple((now, before) for now, before in table["rows"]),
-            name=table.get("name", "problem"),
-        )
+        made: dict[str, Any] = {"network": Network.from_dict(table["network"])}
+        made["parameters"] = tuple(Parameter(**each) for each in table["parameters"])
+        made["observables"] = tuple(Observable(**each) for each in table["observables"])
+        return cls(**{**table, **made})
 
     def faults(self) -> list[str]:
         """What cannot be right in it."""
@@ -263,17 +271,18 @@ def faults_of_data(
             found.append(f'condition "{label}": times must be numbers >= 0')
         elif (time[row, 1:] < time[row, :-1]).any():
             found.append(f'condition "{label}": the times are out of order')
-    if np.isinf(measured).any():
-        found.append(f"{int(np.isinf(measured).sum())} measurements are infinite")
+    return [*found, *faults_of_levels(problem, measured)]
+
+
+def faults_of_levels(problem: Problem, measured: np.ndarray) -> list[str]:
+    """Measurements (..., observable) that cannot be: infinite, or not above 0 on a log scale."""
+    infinite = int(np.isinf(measured).sum())
+    found = [f"{infinite} measurements are infinite"] if infinite else []
     for k, each in enumerate(problem.observables):
         low = int((measured[..., k] <= 0).sum())
-        if low and each.transformation != "lin":
+        if low and each.is_log:
             found.append(f'observable "{each.name}": {low} measurements are not above 0, on a log scale')
     return found
-
-
-def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in table.items()}
 
 
 def _faults_of_sets(net: Network, table: set[str], sets: Mapping[str, Value]) -> Iterable[str]:

@@ -40,10 +40,10 @@ from domains.kinetics import experiments as ready
 from domains.kinetics import rehearsal
 from domains.kinetics.encoders import OWN, Encoder, Population, Start
 from domains.kinetics.kinetics import Counter, Noise
-from domains.kinetics.petab_problems import Problem
+from domains.kinetics.petab_problems import Problem, faults_of_levels
 from domains.kinetics.priors import LN, ParameterPrior
 from domains.kinetics.rehearsal import rehearse
-from domains.kinetics.simulation import FLOOR, Form, label
+from domains.kinetics.simulation import FLOOR, Form
 from scivi.errors import DataError, TemplateError, listed
 from scivi.models import Batch, Template, guides
 from scivi.ode.solve import Method
@@ -64,7 +64,7 @@ def model(batch: Batch, prior: Prior, nets: Nets, *, population: Population) -> 
     """The generative story of the module's docstring."""
     like, common = batch.measured, population.parameters(population.shared)
     mean = pyro.sample("mean", ParameterPrior(population.parameters(population.varying), like))
-    scale = population.scatter_scale(prior.scatter, like)
+    scale = prior.scatter / population.ln_bases(like)
     scatter = pyro.sample("scatter", dist.HalfNormal(scale).to_event(1))
     shared = pyro.sample("shared", ParameterPrior(common, like)) if common else None
     with batch.plate("experiment"):
@@ -83,9 +83,8 @@ def derive(
     """Of a draw: values as they are, what is expected of each measurement, whether the solution failed."""
     like, theta = batch.measured, values["theta"]
     found = population.seen(theta, values.get("shared"), batch.values)
-    bases = [LN[each.scale] or 1.0 for each in population.parameters(population.varying)]
     return {
-        "value": (theta * theta.new_tensor(bases)).exp(),
+        "value": (theta * population.ln_bases(theta)).exp(),
         "expected": found.mean.to(like),
         "failed": (~found.ok).to(like),
     }
@@ -105,17 +104,16 @@ def prior_start(population: Population, prior: Prior) -> Start:
 
     def middle(places: Sequence[int]) -> Tensor:
         every = ParameterPrior(population.parameters(places), like).each
-        half = torch.tensor(0.5)
-        return torch.stack([_middle(p, half) for p in every]) if every else torch.zeros(0)
+        return torch.stack([_middle(p) for p in every]) if every else torch.zeros(0)
 
-    scatter = math.sqrt(2 / math.pi) * population.scatter_scale(prior.scatter, like)
+    scatter = math.sqrt(2 / math.pi) * (prior.scatter / population.ln_bases(like))
     return Start(middle(population.varying), scatter, middle(population.shared))
 
 
-def _middle(prior: Any, half: Tensor) -> Tensor:
+def _middle(prior: Any) -> Tensor:
     """A prior's median, moved in by a thousandth of its range where that ends at a bound."""
     edge = 1e-3 * (prior.high - prior.low)
-    return prior.sample(half).clamp(prior.low + edge, prior.high - edge)
+    return prior.sample(torch.tensor(0.5)).clamp(prior.low + edge, prior.high - edge)
 
 
 def nets(
@@ -129,11 +127,11 @@ def nets(
     """The joint normal at its start, and the encoder, as it was after the rehearsal if there was one."""
     places = {"mean": population.varying, "shared": population.shared}
     begun, like = start or prior_start(population, prior), torch.zeros(())
-    sites: dict[str, tuple[tuple[int, ...], constraints.Constraint]] = {}
-    for name, each in places.items():
-        if each:
-            support = ParameterPrior(population.parameters(each), like).support
-            sites[name] = ((len(each),), support)
+    sites: dict[str, tuple[tuple[int, ...], constraints.Constraint]] = {
+        name: ((len(each),), ParameterPrior(population.parameters(each), like).support)
+        for name, each in places.items()
+        if each
+    }
     sites["scatter"] = ((len(population.varying),), constraints.positive)
     values = {name: value for name, value in begun._asdict().items() if name in sites}
     encoder = Encoder(population)
@@ -199,7 +197,14 @@ def make(
     if isinstance(problem, Mapping):
         problem = Problem.from_dict(problem)
     varying = (varying,) if isinstance(varying, str) else tuple(varying)
-    if faults := _faults(problem, varying, start, prior):
+    faults = [
+        *problem.faults(),
+        *_faults_of_varying(problem, varying),
+        *_faults_of_start(problem, varying, start),
+    ]
+    if prior is not None and not prior.scatter > 0:
+        faults.append(f"prior.scatter is {prior.scatter}; it must be above 0")
+    if faults:
         raise TemplateError(listed("these experiments cannot be described:", dict.fromkeys(faults)))
     names = [each.name for each in problem.estimated]
     form = Form(ready.prepare(problem), rtol, atol, max_steps, method)
@@ -207,7 +212,7 @@ def make(
     settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "max_steps": max_steps, "method": method}
     settings |= {"problem": problem.to_dict(), "varying": [names[k] for k in population.varying]}
     settings["start"] = None if start is None else {k: list(map(float, v)) for k, v in start.items()}
-    is_log = [each.transformation != "lin" for each in problem.observables]
+    is_log = [each.is_log for each in problem.observables]
     support = (
         constraints.positive if all(is_log) else _PositiveWhere(is_log) if any(is_log) else constraints.real
     )
@@ -215,9 +220,8 @@ def make(
     dims = {"mean": ("parameter",), "scatter": ("parameter",), "theta": local, "value": local}
     dims |= {"shared": ("shared_parameter",)} if common else {}
     dims |= {"expected": DIMS["measured"], "failed": ("experiment",)}
-    labels = {"parameter": tuple(label(each) for each in population.parameters(population.varying))}
-    labels |= {"shared_parameter": tuple(label(each) for each in common)} if common else {}
-    labels["observable"] = tuple(each.name for each in problem.observables)
+    labels = {"parameter": tuple(each.label for each in population.parameters(population.varying))}
+    labels |= {"shared_parameter": tuple(each.label for each in common)} if common else {}
     begun = None if start is None else Start(*(torch.tensor(start.get(k, ())) for k in Start._fields))
     return Template(
         name=f"{problem.name}, many experiments",
@@ -229,9 +233,9 @@ def make(
         nets=partial(nets, population=population, start=begun, practised=None),
         prior=prior or Prior(),
         derive=partial(derive, population=population),
-        sizes={name: len(each) for name, each in labels.items() if name != "observable"},
-        coords={name: each for name, each in labels.items() if name != "observable"},
-        validate=partial(_validate, observables=labels["observable"]),
+        sizes={name: len(each) for name, each in labels.items()},
+        coords=labels,
+        validate=partial(_validate, observables=tuple(each.name for each in problem.observables)),
         plan={**PLAN, "nodes": {1: 5, 2: 3}.get(len(population.varying), 2)},
         distinct=True,
         made=("domains.kinetics.populations:make", settings),
@@ -297,10 +301,9 @@ def table(problem: Problem, measurements: Any) -> dict[str, Any]:
             time = np.broadcast_to(time, (len(measured), len(time))).copy()
         columns["time"] = (DIMS["time"], time)
         faults = _faults_of_measurements(problem, measured, time)
-        given = columns.get("observable", ((), np.array([each.name for each in problem.observables])))[1]
-        faults += _validate(
-            {}, {"observable": given}, observables=[each.name for each in problem.observables]
-        )
+        if "observable" in columns:
+            names = [each.name for each in problem.observables]
+            faults += _validate({}, {"observable": columns["observable"][1]}, observables=names)
     if faults:
         raise DataError(listed("these measurements cannot be used:", faults))
     return columns
@@ -360,21 +363,7 @@ def rehearsed(
     settings = {**cast(Any, template.made)[1], "start": {n: v.tolist() for n, v in guess._asdict().items()}}
     again = make(**settings, prior=template.prior)
     weights = {name: value.detach().clone() for name, value in encoder.state_dict().items()}
-    begun = cast(Any, again.nets).keywords["start"]
-    return replace(again, nets=partial(nets, population=population_of(again), start=begun, practised=weights))
-
-
-def _faults(
-    problem: Problem, varying: Sequence[str], start: Mapping[str, Sequence[float]] | None, prior: Prior | None
-) -> list[str]:
-    found = [
-        *problem.faults(),
-        *_faults_of_varying(problem, varying),
-        *_faults_of_start(problem, varying, start),
-    ]
-    if prior is not None and not prior.scatter > 0:
-        found.append(f"prior.scatter is {prior.scatter}; it must be above 0")
-    return found
+    return replace(again, nets=partial(cast(Any, again.nets), practised=weights))
 
 
 def _faults_of_varying(problem: Problem, varying: Sequence[str]) -> list[str]:
@@ -423,23 +412,15 @@ def _faults_of_measurements(problem: Problem, measured: np.ndarray, time: np.nda
             "(experiment, moment)"
         ]
     unreal = ~np.isfinite(time) | (time < 0)
-    found = (
-        [f"{int(unreal.any(1).sum())} experiments have times that are no numbers >= 0"]
-        if unreal.any()
-        else []
-    )
+    found = []
+    if unreal.any():
+        found.append(f"{int(unreal.any(1).sum())} experiments have times that are no numbers >= 0")
     back = (np.diff(np.where(unreal, 0.0, time), axis=1) < 0).any(1) & ~unreal.any(1)
     if back.any():
         found.append(
             f"{int(back.sum())} experiments have their times out of order, row {int(back.argmax())} first"
         )
-    infinite = int(np.isinf(measured).sum())
-    found += [f"{infinite} measurements are infinite"] if infinite else []
-    for k, each in enumerate(problem.observables):
-        low = int((measured[..., k] <= 0).sum())
-        if low and each.transformation != "lin":
-            found.append(f'observable "{each.name}": {low} measurements are not above 0, on a log scale')
-    return found
+    return [*found, *faults_of_levels(problem, measured)]
 
 
 def _validate(

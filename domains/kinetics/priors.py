@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from domains.kinetics.petab_problems import Parameter
 
 LN = {"lin": None, "log": 1.0, "log10": math.log(10.0)}  # ln of the scale's base; None where it is linear
+FAMILIES = {"normal": torch.distributions.Normal, "laplace": torch.distributions.Laplace}
 KINDS = {  # PEtab's word: family, and the scale it is of ("" for the parameter's own)
     "uniform": ("uniform", "lin"),
     "normal": ("normal", "lin"),
@@ -62,8 +63,7 @@ class _Prior:
     def base(self, like: Tensor) -> Any:
         """The distribution of x without bounds."""
         first, second = like.new_tensor(self.first), like.new_tensor(self.second)
-        made = {"normal": torch.distributions.Normal, "laplace": torch.distributions.Laplace}[self.family]
-        return made(first, second, validate_args=False)
+        return FAMILIES[self.family](first, second, validate_args=False)
 
     def ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cumulative probability at the bounds."""
@@ -95,14 +95,12 @@ def _prior(each: Parameter) -> _Prior:
     )
     family, of = KINDS[each.prior]
     of = of or each.scale
-    numbers = each.prior_parameters or (low, high)
-    first, second = map(float, numbers)
-    if family == "uniform":
-        # the bounds cut it; numbers of another scale are turned to those of s by ``s`` when it is drawn
-        ends = _Prior(family, each.scale, of, low, high, first, second)
-        cut = [float(ends.x(torch.tensor(end, dtype=torch.float64))[0]) for end in (low, high)]
-        first, second = max(first, cut[0]), min(second, cut[1])
-    return _Prior(family, each.scale, of, low, high, first, second)
+    first, second = map(float, each.prior_parameters or (low, high))
+    found = _Prior(family, each.scale, of, low, high, first, second)
+    if family == "uniform":  # the bounds cut it
+        cut = [float(found.x(torch.tensor(end, dtype=torch.float64))[0]) for end in (low, high)]
+        found = replace(found, first=max(first, cut[0]), second=min(second, cut[1]))
+    return found
 
 
 class ParameterPrior(TorchDistribution):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +69,8 @@ def fluxes(network: Network, parameters: Sequence[str] | None = None) -> Fluxes:
     value = formulas.within({name: formulas.read(text) for name, text in formed.items()}, free)
 
     def put(formula: float | str) -> Any:
-        found = formulas.read(formula)
-        return found.xreplace({each: value(each.name) for each in _symbols(found)})
+        found: Any = formulas.read(formula)
+        return found.xreplace({each: value(each.name) for each in found.free_symbols})
 
     rates = tuple(put(reaction.rate) for reaction in network.reactions)
     broken = [
@@ -102,14 +102,17 @@ def system_of(found: Fluxes, parameters: Sequence[str]) -> System:
     arguments = ("time", *found.states, *parameters)
     rates = tensors.function(found.rates, arguments)
     volumes = tensors.function(found.volumes, arguments)
-    places = [(r, s) for r, rate in enumerate(found.rates) for s in _states_in(rate, found.states)]
-    slopes = [sympy.diff(found.rates[r], symbol(found.states[s])) for r, s in places]
-    places = [place for place, slope in zip(places, slopes, strict=True) if slope != 0]
-    of_rates = tensors.function([slope for slope in slopes if slope != 0], arguments)
+    slopes: dict[tuple[int, int], Any] = {}
+    for r, each in enumerate(found.rates):
+        used = each.free_symbols
+        for s, state in enumerate(map(symbol, found.states)):
+            if state in used and (slope_of := sympy.diff(each, state)) != 0:
+                slopes[r, s] = slope_of
+    of_rates = tensors.function([*slopes.values()], arguments)
     n, fixed = len(found.states), not any(v.free_symbols for v in found.volumes)
     change = found.change / np.array([float(v) for v in found.volumes])[:, None] if fixed else found.change
     entries = [
-        (i * n + s, k, change[i, r]) for k, (r, s) in enumerate(places) for i in np.flatnonzero(change[:, r])
+        (i * n + s, k, change[i, r]) for k, (r, s) in enumerate(slopes) for i in np.flatnonzero(change[:, r])
     ]
     target, source = (np.array([e[c] for e in entries], dtype=np.int64) for c in (0, 1))
     weight = np.array([e[2] for e in entries])
@@ -238,15 +241,6 @@ def conserved(network: Network) -> np.ndarray:
         sign = math.copysign(1.0, next(each for each in whole if each))
         found.append([sign * each / math.gcd(*whole) for each in whole])
     return np.array(found, dtype=float).reshape(-1, len(network.species)) + 0.0  # no -0.0
-
-
-def _symbols(found: Any) -> Iterable[Any]:
-    return [each for each in found.free_symbols if isinstance(each, sympy.Symbol)]
-
-
-def _states_in(rate: Any, states: Sequence[str]) -> list[int]:
-    used = {each.name for each in _symbols(rate)}
-    return [s for s, name in enumerate(states) if name in used]
 
 
 def _monomial(term: Any, place: Mapping[Any, int]) -> tuple[tuple[int, ...], Any]:

@@ -101,9 +101,9 @@ class Rehearsal(NamedTuple):
 
 def _set_scales(encoder: Encoder, values: Mapping[str, Tensor], present: Tensor) -> None:
     """How the encoder measures levels and times: by those of the data."""
-    for k, kind in enumerate(encoder.kinds):
+    for k, is_log in enumerate(encoder.is_log):
         level = values["measured"][..., k][present[..., k]]
-        level = level.log() if kind != "lin" else level
+        level = level.log() if is_log else level
         if len(level) > 1:
             encoder.level_mean[k], encoder.level_sd[k] = level.mean(), level.std().clamp_min(1e-6)
     time = values["time"]
@@ -123,7 +123,7 @@ def _about(population: Population, scatter: float, guess: Start | None, rows: in
     common = ParameterPrior(population.parameters(population.shared), like)
     if guess is None:
         drawn = ParameterPrior(population.parameters(population.varying), like).sample(torch.Size([n]))
-        theta = drawn + population.scatter_scale(scatter, like) * torch.randn(n, d)
+        theta = drawn + scatter / population.ln_bases(like) * torch.randn(n, d)
         shared = common.sample(torch.Size([n])) if population.shared else None
         return Populations(theta.mean(0).expand(n, -1), theta.std(0).expand(n, -1), shared, theta)
     error = 1 / math.sqrt(rows)
@@ -203,7 +203,7 @@ def _estimate(
     about: Populations,
 ) -> Start:
     """The population that makes what the encoder says of the data most likely, roughly."""
-    seen, places = encoder.read(values, present), population.parameters(population.varying)
+    seen = encoder.read(values, present)
     mean, scatter = encoder.centre.clone(), encoder.width.clone()
     measured = torch.where(present, values["measured"], math.nan)
     common = ParameterPrior(population.parameters(population.shared), mean)
@@ -212,7 +212,6 @@ def _estimate(
     at.requires_grad_()
     climb = torch.optim.Adam([at], 0.5)
     course = torch.optim.lr_scheduler.ExponentialLR(climb, 0.8)
-    inside = ParameterPrior(places, mean)
     for _ in range(E_STEPS):
         with torch.no_grad():
             shared = None if about.shared is None else bounds(at)
@@ -228,6 +227,7 @@ def _estimate(
             (-each.sum() - common.log_prob(bounds(at))).backward()
             climb.step()
             course.step()
+    inside = ParameterPrior(population.parameters(population.varying), mean)
     edge = 1e-3 * (inside.high - inside.low)
     mean = torch.maximum(torch.minimum(mean, inside.high - edge), inside.low + edge)
     return Start(mean, scatter, at.detach() if about.shared is None else bounds(at).detach())

@@ -84,6 +84,8 @@ class _Reader:
             for local, new in zip(_locals(reaction), self._renamed(reaction).values(), strict=True)
         }
         self.rates = {r.getId(): self._rate(r) for r in model.getListOfReactions()}
+        self.changes = {r.getId(): self._change(r) for r in model.getListOfReactions()}
+        self.changed = {species for change in self.changes.values() for species in change}
         rules = [each for each in model.getListOfRules() if each.getMath() is not None]
         self.assigned = {r.getVariable(): self._write(r.getMath()) for r in rules if r.isAssignment()}
         self.slopes = {r.getVariable(): self._write(r.getMath()) for r in rules if r.isRate()}
@@ -114,20 +116,17 @@ class _Reader:
 
     def _made(self, given: Collection[str]) -> tuple[Network, list[str]]:
         """The network, and the names that lack a value."""
-        changed = {s for reaction in self.model.getListOfReactions() for s in self._change(reaction)}
-        states = [s for s in self.species if s in changed or s in self.slopes]
+        states = [s for s in self.species if s in self.changed or s in self.slopes]
         states += [p for p in self.parameters if p in self.slopes]
-        dense = [s for s in states if s in changed and self._is_concentration(self.species[s])]
-        values = {name: self._value(name) for name in self._valued()}
+        dense = [s for s in states if s in self.changed and self._is_concentration(self.species[s])]
+        free = [n for n in (*self.compartments, *self.parameters, *self.species) if n not in self.assigned]
+        values = {name: self._value(name) for name in (*free, *self.locals)}
         lacking = [n for n, v in values.items() if v is None and n not in given]
         unsized = [name for name in lacking if name in self.compartments]
         if unsized:
             warnings.warn(f"compartments without a size have size 1: {', '.join(unsized)}", stacklevel=5)
         known = {n: float(n in unsized) if v is None else v for n, v in values.items()}
-        made = [
-            Reaction(r.getId(), self._change(r), self.rates[r.getId()])
-            for r in self.model.getListOfReactions()
-        ]
+        made = [Reaction(name, change, self.rates[name]) for name, change in self.changes.items()]
         made += [Reaction(f"d{name}/dt", {name: 1.0}, slope) for name, slope in self.slopes.items()]
         found = Network(
             species=tuple(states),
@@ -150,17 +149,10 @@ class _Reader:
 
     def _twice_ruled(self) -> dict[str, str]:
         """What several things decide on: the fault of each name."""
-        changed = {s for reaction in self.model.getListOfReactions() for s in self._change(reaction)}
         ruled = [rule.getVariable() for rule in self.model.getListOfRules() if not rule.isAlgebraic()]
         found = {name: f'"{name}" has {n} rules' for name, n in Counter(ruled).items() if n > 1}
-        both = [name for name in ruled if name in changed]
+        both = [name for name in ruled if name in self.changed]
         return found | {name: f'"{name}" has a rule, and reactions change it as well' for name in both}
-
-    def _valued(self) -> Iterable[str]:
-        for name in (*self.compartments, *self.parameters, *self.species):
-            if name not in self.assigned:
-                yield name
-        yield from self.locals
 
     def _value(self, name: str) -> Value | None:
         """What a name starts from; None if the model does not say."""

@@ -38,9 +38,8 @@ class Writer:
         kinds = [name for name in dir(libsbml) if name.startswith("AST_")]
         self.kinds = {getattr(libsbml, name): name.removeprefix("AST_") for name in kinds}
 
-    def write(self, node: Any, names: Mapping[str, str] | None = None) -> str:
+    def write(self, node: Any, names: Mapping[str, str]) -> str:
         """The formula of a node; names found in ``names`` are replaced by what stands there."""
-        names = names or {}
         kind = self._kind(node)
         if kind in ("INTEGER", "REAL", "REAL_E", "RATIONAL"):
             return self._number(node)
@@ -79,8 +78,7 @@ class Writer:
     def _number(self, node: Any) -> str:
         value = node.getValue()
         if not math.isfinite(value):
-            self.refused[f'the number "{value}" in a formula'] = None
-            return "0"
+            return self._refuse(f'the number "{value}" in a formula')
         text = f"{value:.0f}" if value == int(value) and abs(value) < 1e15 else repr(float(value))
         return text if value >= 0 else f"({text})"
 
@@ -89,14 +87,11 @@ class Writer:
         definition = self.functions.get(name)
         arguments = [self.write(node.getChild(k), names) for k in range(node.getNumChildren())]
         if definition is None or definition.getBody() is None:
-            self.refused[f'function "{name}", which the model does not define'] = None
-            return "0"
+            return self._refuse(f'function "{name}", which the model does not define')
         if definition.getNumArguments() != len(arguments):
-            self.refused[f'function "{name}" of {len(arguments)} arguments'] = None
-            return "0"
+            return self._refuse(f'function "{name}" of {len(arguments)} arguments')
         if name in self.under_way:
-            self.refused[f'function "{name}", which calls itself'] = None
-            return "0"
+            return self._refuse(f'function "{name}", which calls itself')
         own = {definition.getArgument(k).getName(): text for k, text in enumerate(arguments)}
         self.under_way.append(name)
         body = self.write(definition.getBody(), own)
@@ -104,10 +99,9 @@ class Writer:
         return body
 
     def _operation(self, kind: str, parts: list[str], node: Any) -> str:
-        kind = kind.removeprefix("FUNCTION_")
+        kind = kind.removeprefix("FUNCTION_").removeprefix("RELATIONAL_")
         if len(parts) not in _COUNTS.get(kind, (len(parts),)):
-            self.refused[f'"{kind.lower()}" of {len(parts)} arguments'] = None
-            return "0"
+            return self._refuse(f'"{kind.lower()}" of {len(parts)} arguments')
         if kind == "POWER":
             return f"(({parts[0]})^({parts[1]}))"
         if kind == "ROOT":
@@ -119,9 +113,8 @@ class Writer:
         if kind in _JOINED:
             sign, empty = _JOINED[kind]
             return f"({f' {sign} '.join(parts)})" if parts else empty
-        if kind.removeprefix("RELATIONAL_") in _COMPARED:
-            sign = _COMPARED[kind.removeprefix("RELATIONAL_")]
-            pairs = [f"({a} {sign} {b})" for a, b in pairwise(parts)] or ["true"]
+        if kind in _COMPARED:
+            pairs = [f"({a} {_COMPARED[kind]} {b})" for a, b in pairwise(parts)] or ["true"]
             return pairs[0] if len(pairs) == 1 else f"({' && '.join(pairs)})"
         if kind == "LOGICAL_NOT":
             return f"(!{parts[0]})"
@@ -129,5 +122,8 @@ class Writer:
             return f"{kind.lower()}({', '.join(parts)})"
         if kind == "UNKNOWN" or "DELAY" in kind:
             kind = "delay" if "DELAY" in kind else self.libsbml.formulaToL3String(node)
-        self.refused[f'"{kind.lower().replace("_", " ")}" in a formula'] = None
+        return self._refuse(f'"{kind.lower().replace("_", " ")}" in a formula')
+
+    def _refuse(self, what: str) -> str:
+        self.refused[what] = None
         return "0"

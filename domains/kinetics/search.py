@@ -79,8 +79,8 @@ class Target:
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Log density and log likelihood (point,)."""
         found = self.seen(x)
-        measured = self.table["measured"].expand_as(found.mean)
-        each = ready.log_likelihood(self.form.problem, measured, found.mean, found.sd).sum((-1, -2))
+        each = ready.log_likelihood(self.form.problem, self.table["measured"], found.mean, found.sd)
+        each = each.sum((-1, -2))
         fit = torch.where(found.ok, each, FLOOR).sum(-1)
         return fit + self.weight * self.plain(x), fit
 
@@ -103,7 +103,7 @@ class Target:
         moved = x.unsqueeze(1) + DIFFERENCE * torch.cat([torch.eye(d), -torch.eye(d)]).to(x)
         found = self.seen(moved.flatten(0, 1))
         problem, kept = self.form.problem, ~torch.isnan(self.table["measured"])
-        is_log = torch.tensor([o.transformation != "lin" for o in problem.observables])
+        is_log = torch.tensor([o.is_log for o in problem.observables])
         base = torch.tensor(
             [10.0 if o.transformation == "log10" else torch.e for o in problem.observables]
         ).log()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,10 @@ class Form:
     """
 
     made: Experiments
-    rtol: float = 1e-6
-    atol: float = 1e-9
-    max_steps: int = 2000
-    method: Method = "auto"
+    rtol: float
+    atol: float
+    max_steps: int
+    method: Method
 
     @property
     def problem(self) -> Problem:
@@ -136,8 +136,3 @@ def _solved(form: Form, p: Tensor, y0: Tensor, time: Tensor, some: Tensor) -> tu
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def label(parameter: Any) -> str:
-    """A parameter with its scale."""
-    return parameter.name if parameter.scale == "lin" else f"{parameter.scale} {parameter.name}"

@@ -20,21 +20,10 @@ from scivi.errors import Unsupported
 
 _HARMLESS = (0.6180339887, 0.1, 1.3, 3.7)  # places where a branch not taken may be evaluated (our choice)
 
-_UNARY: dict[Any, Callable[[Tensor], Tensor]] = {
-    sympy.exp: torch.exp,
-    sympy.log: torch.log,
-    sympy.sin: torch.sin,
-    sympy.cos: torch.cos,
-    sympy.tan: torch.tan,
-    sympy.sinh: torch.sinh,
-    sympy.cosh: torch.cosh,
-    sympy.tanh: torch.tanh,
-    sympy.asin: torch.asin,
-    sympy.acos: torch.acos,
-    sympy.atan: torch.atan,
-    sympy.asinh: torch.asinh,
-    sympy.acosh: torch.acosh,
-    sympy.atanh: torch.atanh,
+_CIRCULAR = ("sin", "cos", "tan", "sinh", "cosh", "tanh")
+_UNARY: dict[Any, Callable[[Tensor], Tensor]] = {  # what sympy and torch call alike
+    getattr(sympy, name): getattr(torch, name)
+    for name in ("exp", "log", *_CIRCULAR, *(f"a{name}" for name in _CIRCULAR))
 }
 _COMPARISONS: dict[Any, Callable[[Any, Any], Any]] = {
     sympy.StrictLessThan: operator.lt,

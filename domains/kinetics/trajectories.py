@@ -11,7 +11,7 @@ import xarray as xr
 
 from domains.kinetics.kinetics import form_of
 from domains.kinetics.search import target_of
-from domains.kinetics.simulation import label, simulated
+from domains.kinetics.simulation import simulated
 from scivi.analysis.figures import Panels, titled
 from scivi.errors import DataError
 from scivi.models import Template
@@ -58,8 +58,7 @@ def bands(
     problem = form.problem
     if times is None:
         last = np.asarray(result["constant_data"]["time"]).max()
-        times = np.linspace(0.0, last, TIMES).tolist()
-    assert times is not None
+        times = list(np.linspace(0.0, last, TIMES))
     grid = torch.as_tensor(times, dtype=torch.float64).expand(len(problem.rows), -1)
     with torch.no_grad():
         found = simulated(form, _theta(result, draws), grid)
@@ -103,7 +102,7 @@ def identifiability(template: Template, result: xr.DataTree, table: Any) -> xr.D
     data, prior = (part[0] for part in target.curvatures(x))
     values, vectors = torch.linalg.eigh(data)
     of_prior = (vectors * (prior @ vectors)).sum(0)
-    names = [label(each) for each in form.problem.estimated]
+    names = [each.label for each in form.problem.estimated]
     columns = {
         "information": (("direction",), values.clamp_min(0.0).numpy()),
         "prior": (("direction",), of_prior.numpy()),

@@ -14,7 +14,7 @@ from scivi.analysis import groups
 from scivi.errors import DataError
 
 ALPHA = 0.01  # a sound check fails once in a hundred; our choice
-GRID = 100  # points at which a distribution function is compared; our choice
+GRID = 100  # equal bins, at whose inner edges a distribution function is compared; our choice
 
 
 def ranks(tree: xr.DataTree, truth: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
@@ -31,7 +31,8 @@ def ranks(tree: xr.DataTree, truth: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
     Raises:
         DataError: the two share no variable or no coordinate.
     """
-    posterior = groups.numeric(groups.group(tree, "posterior"))
+    group = groups.group(tree, "posterior")
+    posterior = groups.numeric(group)
     shared = [name for name in groups.numeric(truth) if name in posterior]
     if not shared:
         raise DataError(
@@ -39,12 +40,8 @@ def ranks(tree: xr.DataTree, truth: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
             "nothing in common. Rename the variables of truth."
         )
     rng = np.random.default_rng(seed)
-    found = {}
-    for name in shared:
-        array, true = groups.aligned(posterior[name], truth[name])
-        found[name] = rank_among(array, true, rng)
-    chains, draws = (groups.group(tree, "posterior").sizes[d] for d in groups.SAMPLE)
-    return xr.Dataset(found, attrs={"draws": chains * draws})
+    found = {name: rank_among(*groups.aligned(posterior[name], truth[name]), rng) for name in shared}
+    return xr.Dataset(found, attrs={"draws": group.sizes["chain"] * group.sizes["draw"]})
 
 
 def rank_among(array: xr.DataArray, true: xr.DataArray, rng: np.random.Generator) -> xr.DataArray:
@@ -116,7 +113,7 @@ def coverage(
     return result.assign(ok=near | (result["p_value"] >= alpha))
 
 
-def uniform_band(n: int, *, prob: float = 0.95, points: int = GRID, seed: int = 0) -> xr.Dataset:
+def uniform_band(n: int, *, prob: float = 0.95, seed: int = 0) -> xr.Dataset:
     """Simultaneous band for the distribution function of n uniform numbers.
 
     Each point's binomial interval is widened until, over simulations, the whole curve stays inside with
@@ -126,7 +123,6 @@ def uniform_band(n: int, *, prob: float = 0.95, points: int = GRID, seed: int = 
     Args:
         n: sample size.
         prob: probability that a uniform sample stays inside everywhere.
-        points: number of equal bins; the curve is compared at their inner edges.
         seed: of the simulations.
 
     Returns:
@@ -137,10 +133,9 @@ def uniform_band(n: int, *, prob: float = 0.95, points: int = GRID, seed: int = 
     """
     from scipy.stats import binom
 
-    x = np.arange(1, points) / points
-    counts = (
-        np.random.default_rng(seed).multinomial(n, np.full(points, 1 / points), size=2000).cumsum(-1)[:, :-1]
-    )
+    x = np.arange(1, GRID) / GRID
+    counts = np.random.default_rng(seed).multinomial(n, np.full(GRID, 1 / GRID), size=2000)
+    counts = counts.cumsum(-1)[:, :-1]
     tails = np.minimum(binom.cdf(counts, n, x), binom.sf(counts - 1, n, x)).min(-1)
     level = np.quantile(tails, 1 - prob)  # a point's tail probability that prob of the curves never go below
     lower, upper = binom.ppf(level, n, x) / n, binom.ppf(1 - level, n, x) / n
@@ -202,7 +197,7 @@ def sbc(
         draws = draws or ranks[0].attrs.get("draws")
         ranks = xr.concat(list(ranks), dim=dim)
     draws = draws or ranks.attrs.get("draws")
-    if not draws or any(dim not in array.dims for array in ranks.data_vars.values()):
+    if not draws or not ranks.data_vars or any(dim not in array.dims for array in ranks.data_vars.values()):
         raise DataError(
             f'sbc needs the number of draws (got {draws}) and ranks with dim "{dim}" '
             f"(got {dict(ranks.sizes)}). Pass draws=..., and dim= the name of the dim of repetitions."

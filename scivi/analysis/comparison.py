@@ -43,7 +43,7 @@ def compare(
         reference_divergences.
 
     Raises:
-        DataError: no variable or no coordinate in common.
+        DataError: no variable or no coordinate in common, or none that varies.
 
     Notes:
         Unequal numbers of draws are no obstacle here; `arviz_plots.plot_forest` drops such models without a
@@ -51,8 +51,12 @@ def compare(
     """
     found = entrywise_differences(svi, nuts)
     records = {
-        name: _reduced(name, entries) for name, entries in found.items() if not _constant(entries).all()
+        name: _reduced(name, entries)
+        for name, entries in found.items()
+        if not _constant(*(entries[k].values for k in ("sd_svi", "sd_nuts", "mean_nuts"))).all()
     }
+    if not records:
+        raise DataError("nothing to compare: every variable that the two share is constant in both.")
     row = groups.row_dim(svi)
     full = _rows(svi, row) == _rows(nuts, row)
     names = list(records)
@@ -77,26 +81,20 @@ def entrywise_differences(svi: xr.DataTree, nuts: xr.DataTree) -> dict[str, xr.D
             f"the posteriors hold {sorted(a)} and {sorted(b)}: no variable in common. Fit the same template."
         )
     markov = groups.provenance(svi).get("method") == "nuts"
-    found = {}
-    for name in shared:
-        left, right = a[name], b[name]
-        left, right = groups.aligned(left, right)
-        rest = groups.site_dims(left)
-        found[name] = _differences(left, right.transpose(*groups.SAMPLE, *rest), markov)
-    return found
+    return {name: _differences(*groups.aligned(a[name], b[name]), markov) for name in shared}
 
 
 def _differences(left: xr.DataArray, right: xr.DataArray, markov: bool) -> xr.Dataset:
-    """Entry by entry; both (chain, draw, *site dims) after alignment and small enough to be held."""
+    """Entry by entry, of two that are aligned and small enough to be held."""
     from arviz_stats.base.array import array_stats
     from scipy.stats import wasserstein_distance
 
     rest = groups.site_dims(left)
-    x = left.transpose(*groups.SAMPLE, *rest).values.astype(float).reshape(*_sample(left), -1)
-    y = right.values.astype(float).reshape(*_sample(right), -1)
+    x, y = (a.transpose(*groups.SAMPLE, *rest).values.astype(float) for a in (left, right))
+    x, y = (a.reshape(*a.shape[:2], -1) for a in (x, y))
     out = {key: np.full(x.shape[2], np.nan) for key in ("shift_mcse", "sd_ratio_mcse", "w1", "w1_floor")}
     mean_x, mean_y, sd_x, sd_y = x.mean((0, 1)), y.mean((0, 1)), x.std((0, 1)), y.std((0, 1))
-    fixed = np.maximum(sd_x, sd_y) <= ROUNDING * (1 + np.abs(mean_y))  # no sd to compare in
+    fixed = _constant(sd_x, sd_y, mean_y)  # no sd to compare in
     with np.errstate(all="ignore"):
         shift, ratio = (mean_x - mean_y) / sd_y, sd_x / sd_y
         out |= {"shift": np.where(fixed, np.nan, shift), "sd_ratio": np.where(fixed, np.nan, ratio)}
@@ -119,14 +117,9 @@ def _differences(left: xr.DataArray, right: xr.DataArray, markov: bool) -> xr.Da
     return xr.Dataset({k: (rest, v.reshape(shape)) for k, v in out.items()}, coords=coords)
 
 
-def _constant(entries: xr.Dataset) -> np.ndarray:
+def _constant(sd_svi: np.ndarray, sd_nuts: np.ndarray, mean_nuts: np.ndarray) -> np.ndarray:
     """Entries that both hold fixed, up to rounding, such as the diagonal of a correlation matrix."""
-    widest = np.maximum(entries["sd_svi"].values, entries["sd_nuts"].values)
-    return widest <= ROUNDING * (1 + np.abs(entries["mean_nuts"].values))
-
-
-def _sample(array: xr.DataArray) -> tuple[int, int]:
-    return array.sizes["chain"], array.sizes["draw"]
+    return np.maximum(sd_svi, sd_nuts) <= ROUNDING * (1 + np.abs(mean_nuts))
 
 
 def _log_sd_var(values: np.ndarray, ess: float) -> float:
@@ -189,8 +182,8 @@ def _health(nuts: xr.DataTree) -> dict[str, float]:
                 worst,
                 max((float(np.asarray(array_stats.rhat(flat[..., i]))) for i in varying), default=worst),
             )
-    stats = groups.group(nuts, "sample_stats") if "sample_stats" in nuts.children else xr.Dataset()
-    divergences = int(stats["diverging"].sum()) if "diverging" in stats else 0
+    recorded = groups.has(nuts, "sample_stats", "diverging")
+    divergences = int(nuts.children["sample_stats"].dataset["diverging"].sum()) if recorded else 0
     good = divergences == 0 and not worst > 1.01
     return {"reference_ok": int(good), "reference_r_hat": float(worst), "reference_divergences": divergences}
 
@@ -218,27 +211,18 @@ def summary(
     """
     from arviz_stats.base.array import array_stats
 
-    posterior = groups.group(tree, "posterior")
+    posterior = groups.group(tree, "posterior", *(var_names or ()))
     chosen = var_names or groups.population_names(tree) or groups.local_names(tree)
-    posterior = groups.group(tree, "posterior", *chosen) if var_names else posterior
 
     def describe(values: np.ndarray) -> dict[str, np.ndarray]:
         flat = np.moveaxis(values, 2, 0).reshape(values.shape[2], -1)
         ends = getattr(array_stats, interval)(flat, prob=prob, axis=-1)
         return groups.moments(values) | {"lower": ends[..., 0], "upper": ends[..., 1]}
 
-    names: list[str] = []
-    unit: list[str] = []
-    columns: dict[str, list[np.ndarray]] = {"mean": [], "sd": [], "lower": [], "upper": []}
-    for name in chosen:
-        found = groups.entrywise(posterior[name], describe)
-        entries = groups.labels(found["mean"].rename(name))
-        names += entries
-        unit += [str(posterior[name].attrs.get("units", ""))] * len(entries)
-        for key, parts in columns.items():
-            parts.append(found[key].values.ravel())
-    joined = {key: np.concatenate(parts) if parts else np.empty(0) for key, parts in columns.items()}
-    finite = np.isfinite(np.array(list(joined.values()))).all(0)
-    return groups.table(
-        "variable", names, joined | {"unit": unit, "ok": finite}, prob=prob, interval=interval
-    )
+    found = {name: groups.entrywise(posterior[name], describe) for name in chosen}
+    names, columns = groups.stacked(found, ("mean", "sd", "lower", "upper"))
+    finite = np.isfinite(np.array(list(columns.values()))).all(0)
+    sizes = {name: one["mean"].size for name, one in found.items()}
+    unit = [str(posterior[name].attrs.get("units", "")) for name in found for _ in range(sizes[name])]
+    columns = {**columns, "unit": unit, "ok": finite}
+    return groups.table("variable", names, columns, prob=prob, interval=interval)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scivi.analysis.two_samples import NEIGHBOURS, deviations, distances, scaled
-
-_BLOCK = 2**22  # distances held at once
+from scivi.analysis.two_samples import NEIGHBOURS, blocks, deviations, distances, scaled, to_others
 
 
 def row_p_values(rows: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -36,21 +34,17 @@ def row_p_values(rows: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, n
         return p_value, score
     known = scaled(reference, reference)
     last, before = np.empty(len(known)), np.zeros(len(known))  # the k-th neighbour, and the one before it
-    step = max(1, _BLOCK // len(known))
-    for start in range(0, len(known), step):
-        apart = distances(known[start : start + step], known)
-        here = np.arange(len(apart))
-        apart[here, start + here] = np.inf
+    for some, apart in to_others(known):
         near = np.sort(np.partition(apart, k - 1, axis=1)[:, :k], axis=1)
-        last[start : start + step] = near[:, -1]
+        last[some] = near[:, -1]
         if k > 1:
-            before[start : start + step] = near[:, -2]
-    for start in range(0, len(rows), step):
-        apart = distances(scaled(rows[start : start + step], reference), known)
+            before[some] = near[:, -2]
+    for some in blocks(len(rows), len(known)):
+        apart = distances(scaled(rows[some], reference), known)
         own = np.partition(apart, k - 1, axis=1)[:, k - 1]
         theirs = np.where(apart < last, np.maximum(before, apart), last)  # the new row among their neighbours
-        score[start : start + step] = own
-        p_value[start : start + step] = (1 + (theirs >= own[:, None]).sum(1)) / (len(known) + 1)
+        score[some] = own
+        p_value[some] = (1 + (theirs >= own[:, None]).sum(1)) / (len(known) + 1)
     return p_value, score
 
 

@@ -128,9 +128,8 @@ def restarts(tree: xr.DataTree, *, shift: float = SHIFT_SD, rhat: float = 1.01) 
         columns["r_hat"].append(groups.worst(array, found["r_hat"].values)[0])
         columns["ess_bulk"].append(-groups.worst(array, -found["ess_bulk"].values)[0])
         columns["worst_at"].append(groups.worst(array, found["r_hat" if nuts else "spread_sd"].values)[1])
-    columns["ok"] = list(
-        np.asarray(columns["r_hat"]) <= rhat if nuts else np.asarray(columns["spread_sd"]) <= shift
-    )
+    key, limit = ("r_hat", rhat) if nuts else ("spread_sd", shift)
+    columns["ok"] = [value <= limit for value in columns[key]]
     chains = groups.group(tree, "posterior").sizes["chain"]
     return groups.table("variable", names, columns, available=int(chains > 1), chains=chains, nuts=int(nuts))
 
@@ -159,19 +158,19 @@ def collapse(tree: xr.DataTree, *, threshold: float = ACTIVE_SHARE) -> xr.Datase
     """
     row, posterior = groups.row_dim(tree), groups.group(tree, "posterior")
     draws = posterior.sizes["chain"] * posterior.sizes["draw"]
-    names, between, within = [], [], []
+    parts = {}
     for name in groups.local_names(tree):
         found = groups.entrywise(posterior[name], groups.moments)
         noise = (found["sd"] ** 2).mean(row)
         # means of few draws scatter by themselves
         spread = (found["mean"].var(row) - noise / draws).clip(0.0)
-        names += groups.labels(spread.rename(name))
-        between.append(spread.values.ravel())
-        within.append(noise.values.ravel())
-    a, b = (np.concatenate(parts) if parts else np.empty(0) for parts in (between, within))
-    share = a / np.where(a + b > 0, a + b, np.nan)
-    columns = {"between": a, "within": b, "share": share, "ok": share >= threshold}
-    return groups.table("variable", names, columns, threshold=threshold)
+        parts[name] = xr.Dataset({"between": spread, "within": noise})
+    names, columns = groups.stacked(parts, ("between", "within"))
+    total = columns["between"] + columns["within"]
+    share = columns["between"] / np.where(total > 0, total, np.nan)
+    return groups.table(
+        "variable", names, columns | {"share": share, "ok": share >= threshold}, threshold=threshold
+    )
 
 
 def contraction(tree: xr.DataTree, *, threshold: float = 1.1) -> xr.Dataset:

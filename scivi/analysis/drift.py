@@ -76,10 +76,10 @@ def drift(
     new = _remembered(tree, "the tree")
     old = new if reference is None else _remembered(reference, "the reference")
     rows, known = _alike(new, old, reference is None)
-    names, absent = [str(v) for v in rows[rows.dims[1]].values], np.isinf(rows[0].values)
-    absentees = [name for name, missing in zip(names, absent, strict=True) if missing]
+    absent = np.isinf(rows[0].values)
+    absentees = _names(rows[:, absent])
     rows, known = rows[:, ~absent], known[:, ~absent]
-    names = [str(v) for v in rows[rows.dims[1]].values]
+    names = _names(rows)
     some, kept = _some(rows, rng), _some(known, rng)
     compared = two_samples.compare(some, kept, seed)
     records = [_versus(own, theirs) for own, theirs in zip(some.T, kept.T, strict=True)]
@@ -132,11 +132,16 @@ def _alike(new: xr.Dataset, old: xr.Dataset, own: bool) -> tuple[xr.DataArray, x
     if own:
         return rows, known
     same = np.array_equal(new["fit_values"].values, old["fit_values"].values, equal_nan=True)
-    here, there = ([str(v) for v in values[values.dims[1]].values] for values in (rows, known))
+    here, there = _names(rows), _names(known)
     shared = [v for v in here if v in there and (same or not any(word in v for word in _LEARNT))]
     if not shared:
         raise DataError(f"tree and reference have no feature in common: {here[:5]} and {there[:5]}.")
     return rows[:, [here.index(v) for v in shared]], known[:, [there.index(v) for v in shared]]
+
+
+def _names(values: xr.DataArray) -> list[str]:
+    """Of the features, which are its second dim."""
+    return [str(v) for v in values[values.dims[1]].values]
 
 
 def _versus(new: np.ndarray, old: np.ndarray) -> _Record:
@@ -177,13 +182,11 @@ def _constants(new: xr.Dataset, old: xr.Dataset, own: bool) -> dict[str, _Record
 def _by_row(rows: xr.DataArray, kept: np.ndarray, names: list[str], alpha: float) -> xr.Dataset:
     """What is told of every new row; some are read at a time."""
     row = str(rows.dims[0])
-    parts: dict[str, list[np.ndarray]] = {key: [] for key in ("p", "distance", "where", "shift")}
+    parts = []
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         values = rows[start : start + _ROWS_AT_ONCE].values.astype(np.float64)
-        pairs = (*conformal.row_p_values(values, kept), *conformal.strangest(values, kept))
-        for part, own in zip(parts.values(), pairs, strict=True):
-            part.append(own)
-    p_value, distance, where, shift = (np.concatenate(part) for part in parts.values())
+        parts.append((*conformal.row_p_values(values, kept), *conformal.strangest(values, kept)))
+    p_value, distance, where, shift = (np.concatenate(part) for part in zip(*parts, strict=True))
     columns = {
         "row_p_value": (row, p_value),
         "row_ok": (row, ~conformal.discoveries(p_value, alpha)),

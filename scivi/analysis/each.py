@@ -14,7 +14,7 @@ import xarray as xr
 from scivi.analysis import convergence, fit_rules, groups, verdict, weights
 from scivi.errors import DataError
 
-ENDS = {"stopped": "", "steps": 0, "restarts": 0}  # how each fit ended, and what holds where nothing is told
+ENDS = ("stopped", "steps", "restarts")  # how each fit ended
 PLATEAU = ("step", "beta", "objective", "objective_sd")  # of the history
 
 
@@ -54,7 +54,7 @@ def each(tree: xr.DataTree, over: str | None = None) -> xr.Dataset:
     rows = weights.row_reliability(tree) if "row_log_weight" in stats else None
     sound, broken = fit_rules.finite(first), _broken(tree, over)
     ends = tree.children["history"].dataset if "history" in tree.children else xr.Dataset()
-    told = {name: ends[name].values if name in ends else None for name in ENDS}
+    told = {name: ends[name].values for name in ENDS if name in ends}
     judged: list[tuple[str, str]] = []
     for k in range(stats.sizes[over]):
         own = joint.isel({over: k})
@@ -62,19 +62,19 @@ def each(tree: xr.DataTree, over: str | None = None) -> xr.Dataset:
         found = {"reliability": own.assign_attrs(decisive=int(says))}
         if rows is not None:
             found["row_reliability"] = rows.isel({over: k})
-        fit = {"stopped": None if told["stopped"] is None else str(told["stopped"][k])}
-        again = 0 if told["restarts"] is None else int(told["restarts"][k])
+        fit = {
+            "stopped": str(told["stopped"][k]) if "stopped" in told else None,
+            "restarts": [{}] * int(told["restarts"][k]) if "restarts" in told else [],
+        }
         checks = fit_rules.finite(_one(tree, over, k)) if broken[k] else sound
         checks = checks + fit_rules.importance(first, found, None)
-        checks += fit_rules.optimisation(
-            {**fit, "restarts": [{}] * again}, None if level is None else level.isel(chain=[k])
-        )
+        checks += fit_rules.optimisation(fit, None if level is None else level.isel(chain=[k]))
         word, why, _ = verdict.conclude(checks)
         judged.append((word, " ".join(why)))
     columns: dict[str, Any] = {name: (over, joint[name].values[:, 0]) for name in ("k_hat", "ess", "gap")}
     if level is not None:
         columns["objective"] = (over, level["objective"].values)
-    columns |= {name: (over, values) for name, values in told.items() if values is not None}
+    columns |= {name: (over, values) for name, values in told.items()}
     words, reasons = (np.array(part) for part in zip(*judged, strict=True))
     columns |= {"verdict": (over, words), "why": (over, reasons), "ok": (over, words == "trust")}
     return xr.Dataset(
@@ -104,9 +104,8 @@ def _broken(tree: xr.DataTree, over: str) -> np.ndarray:
 
 def _joint(tree: xr.DataTree, over: str, first: xr.DataTree) -> xr.Dataset:
     """What ``weights.reliability`` tells, of all fits: a table with ``over`` as one dim more."""
-    stats, posterior = groups.group(tree, "sample_stats"), groups.group(tree, "posterior")
-    log_weight = (stats["lp"].astype(float) - stats["log_q"].astype(float)).isel(chain=0)
-    log_weight = log_weight.transpose(over, "draw").values
+    posterior = groups.group(tree, "posterior")
+    log_weight = weights.log_weights(tree).isel(chain=0).transpose(over, "draw").values
     rows = groups.local_rows(first)
     shared = groups.population_names(first)
     names = shared + (groups.local_names(first) if rows <= weights.FEW_ROWS else [])

@@ -47,12 +47,10 @@ def drifted(table: xr.Dataset) -> list[Check]:
     """Whether new rows are like those of the fit: a guide knows no others."""
     bad = ~table["ok"].values
     shift = table["shift_sd"].values
-    most = np.argsort(np.where(bad, table["p_value"].fillna(0.0).values, np.inf), kind="stable")[: bad.sum()][
-        :4
-    ]
+    order = np.argsort(np.where(bad, table["p_value"].fillna(0.0).values, np.inf), kind="stable")
     named = ", ".join(
         f"{table['variable'].values[k]}" + (f" ({shift[k]:+.2g} sd)" if np.isfinite(shift[k]) else "")
-        for k in most
+        for k in order[: min(4, bad.sum())]
     )
     p = table.attrs["p_value"]
     good = f"These rows are no other than those of the fit, as far as can be told (p = {p:.2g})."
@@ -201,17 +199,9 @@ def _joint(joint: xr.Dataset, *, whole: bool) -> list[Check]:
     # a small k-hat over many rows is more than can be asked for: only few rows must meet the strict limit
     limit = weights.GOOD_K if joint.attrs["few"] else weights.USABLE_K
     degree = "not close to" if k > weights.USABLE_K else "only roughly"
-    result = [
-        graded(
-            "k-hat",
-            k,
-            limit,
-            weights.USABLE_K,
-            f"The approximation as a whole is close to the posterior ({numbers}).",
-            f"The approximation as a whole is {degree} the posterior ({numbers}).",
-            RICHER,
-        )
-    ]
+    good = f"The approximation as a whole is close to the posterior ({numbers})."
+    bad = f"The approximation as a whole is {degree} the posterior ({numbers})."
+    result = [graded("k-hat", k, limit, weights.USABLE_K, good, bad, RICHER)]
     if joint.attrs["few"]:
         gap = float(joint["gap"].max())
         text = f"The guide is {gap:.2g} nats from the posterior as a whole (KL divergence, from below)."
@@ -220,10 +210,9 @@ def _joint(joint: xr.Dataset, *, whole: bool) -> list[Check]:
         # pass one time in three
         result.append(graded("gap", gap, 0.1, np.inf, text, text, RICHER))
     if k <= weights.USABLE_K and joint.sizes["variable"]:
-        shift = np.abs(joint["shift_sd"].values)
-        at = int(np.argmax(shift))
-        name, value = str(joint["variable"].values[at]), float(shift[at])
-        beyond = float((shift - 2 * joint["shift_mcse"].values).max())
+        shift = abs(joint[["shift_sd"]])
+        value, name = worst(shift, "shift_sd", "variable")
+        beyond = float((shift["shift_sd"] - 2 * joint["shift_mcse"]).max())
         good = f"Correction by the weights moves no mean by much (at most {value:.2f} sd, {name})."
         bad = f"Correction by the weights moves the mean of {name} by {value:.2f} sd."
         advice = "Take the corrected means of analysis.reliability, or a richer guide."
@@ -283,9 +272,7 @@ def _weighed(table: xr.Dataset) -> list[Check]:
             "normal."
         )
         return [Check("population k-hat", k, weights.USABLE_K, False, "decides", text, advice)]
-    shift = np.abs(table["shift_sd"].values)
-    at = int(np.argmax(shift))
-    name, value = str(table["variable"].values[at]), float(shift[at])
+    value, name = worst(abs(table[["shift_sd"]]), "shift_sd", "variable")
     weighing = "Weighing the population by its marginal posterior moves"
     text = f"{weighing} no mean by more than {value:.2f} sd ({name}; {numbers})."
     bad = f"{weighing} the mean of {name} by {value:.2f} sd ({numbers})."
@@ -302,20 +289,19 @@ def _sampled(finish: Mapping[str, Any]) -> list[Check]:
     """
     smoothed, k_hat = pareto.smooth(np.asarray(finish["log_weight"], dtype=float)[None])
     k, ess = float(k_hat[0]), float(pareto.effective_size(smoothed)[0])
-    n = len(finish["log_weight"])
-    advice = "Run scivi.nuts for the population, or fit for longer."
     if finish["method"] == "newton":
+        n = len(finish["log_weight"])
         text = f"{n} draws of the population, weighed with every row of the fit integrated: k-hat {k:.2f}, "
         text += f"effective size {ess:.0f}."
-        good, usable = ess >= 0.5 * n, weights.USABLE_K  # our choice: as weights with a variance of one
-        few = [] if good else [Check("population size", ess, 0.5 * n, False, "care", text, advice)]
-        return [graded("population k-hat", k, usable, 1.0, text, text, advice), *few]
-    text = (
-        f"Mean and spread of the population come from {finish['draws']} weighted draws of its marginal "
-        f"posterior (k-hat {k:.2f}, effective size {ess:.0f}: right to {ess**-0.5:.2f} sd)."
-    )
-    # our choice of size: a hundred effective draws give a mean to a tenth of its sd
-    few = [] if ess >= 100 else [Check("population size", ess, 100, False, "care", text, advice)]
+        fewest = 0.5 * n  # our choice: as weights with a variance of one
+    else:
+        text = (
+            f"Mean and spread of the population come from {finish['draws']} weighted draws of its marginal "
+        )
+        text += f"posterior (k-hat {k:.2f}, effective size {ess:.0f}: right to {ess**-0.5:.2f} sd)."
+        fewest = 100  # our choice: they give a mean to a tenth of its sd
+    advice = "Run scivi.nuts for the population, or fit for longer."
+    few = [] if ess >= fewest else [Check("population size", ess, fewest, False, "care", text, advice)]
     return [graded("population k-hat", k, weights.USABLE_K, 1.0, text, text, advice), *few]
 
 
@@ -348,12 +334,12 @@ def _population(tree: xr.DataTree, compared: xr.Dataset | None) -> list[Check]:
             f"These rows are not those of the fit: nothing here vouches for the population variables ({few})."
         )
         advice = "Draw the rows of the fit too, and read the report of these."
-        return [Check("population", np.nan, np.nan, False, "care", text, advice)]
-    text = (
-        f"Nothing vouches for the population variables ({few}): the ELBO alone can bias them by several sd "
-    )
-    text += "while every row looks right."
-    advice = 'Use Plan(estimator="marginal"), which ends with a Newton finish, or compare with scivi.nuts.'
+    else:
+        text = f"Nothing vouches for the population variables ({few}): the ELBO alone can bias them by "
+        text += "several sd while every row looks right."
+        advice = (
+            'Use Plan(estimator="marginal"), which ends with a Newton finish, or compare with scivi.nuts.'
+        )
     return [Check("population", np.nan, np.nan, False, "care", text, advice)]
 
 
@@ -379,17 +365,10 @@ def sampling(tree: xr.DataTree, table: xr.Dataset) -> list[Check]:
         wild = float(tree.children["sample_stats"].dataset["diverging"].mean())
     agree = f"The chains agree to R-hat {value:.3f} (worst: {where})."
     size = f"The smallest bulk effective size is {ess:.0f}; 400 or more are wanted."
+    calm, gone = "No transition diverged.", f"{wild:.2%} of transitions diverged."
     advice = "Raise the target acceptance rate, or reparametrise."
     return [
         graded("R-hat", value, 1.01, 1.05, agree, agree, "Run longer chains."),
         either("effective size", ess, 400, ess >= 400, "care", size, size, "Run longer chains."),
-        graded(
-            "divergences",
-            wild,
-            0.0,
-            0.01,
-            "No transition diverged.",
-            f"{wild:.2%} of transitions diverged.",
-            advice,
-        ),
+        graded("divergences", wild, 0.0, 0.01, calm, gone, advice),
     ]

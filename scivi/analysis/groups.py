@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,9 @@ from scivi.errors import DataError
 SAMPLE = ("chain", "draw")
 BLOCK = 2_000_000  # numbers held at once: 16 MB as float64, our choice
 
-_MAKER = {
-    "posterior": "scivi.draw",
-    "prior": "scivi.draw",
+_MAKER = {  # of groups that scivi.draw alone does not make
     "posterior_predictive": "scivi.predict",
-    "log_likelihood": "scivi.draw",
-    "observed_data": "scivi.draw",
-    "sample_stats": "scivi.draw",
     "history": "scivi.draw of a fit (NUTS has no history)",
-    "features": "scivi.draw",
 }
 
 
@@ -227,6 +221,13 @@ def entrywise(
     joined = {k: np.concatenate(v, axis=axis) if rest else v[0] for k, v in parts.items()}
     coords = {d: array.coords[d] for d in rest if d in array.coords}
     return xr.Dataset({k: (rest, v) for k, v in joined.items()}, coords=coords)
+
+
+def stacked(found: Mapping[str, xr.Dataset], keys: Sequence[str]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Statistics of several variables, entry by entry: the entries' names, and a column for each key."""
+    names = [entry for name, one in found.items() for entry in labels(one[keys[0]].rename(name))]
+    parts = {key: [one[key].values.ravel() for one in found.values()] for key in keys}
+    return names, {key: np.concatenate([np.empty(0), *columns]) for key, columns in parts.items()}
 
 
 def moments(values: np.ndarray) -> dict[str, np.ndarray]:

@@ -42,7 +42,7 @@ def render(
     made = groups.provenance(tree)
     sections = {
         "Checks": _checks(checks),
-        _posterior_title(tree): _population(tree, found),
+        "Population" if groups.population_names(tree) else "Posterior": _population(found),
         "Rows": _rows(tree, found),
         "Figures": _figures(tree, found, reference),
         "Beside NUTS": _comparison(found),
@@ -98,13 +98,10 @@ def _items(sentences: Sequence[str]) -> str:
 def _subtitle(tree: xr.DataTree, made: Mapping[str, Any]) -> str:
     """What was fitted, how and when, on one line."""
     posterior = groups.group(tree, "posterior")
-    method = {"svi": "variational inference", "nuts": "NUTS"}.get(
-        str(made.get("method")), str(made.get("method", ""))
-    )
-    sizes = made.get("data", {}).get("sizes", {})
+    method, sizes = str(made.get("method", "")), made.get("data", {}).get("sizes", {})
     parts = [
-        method,
-        ", ".join(f"{n:,} × {d}" if isinstance(n, int) else f"{n} × {d}" for d, n in sizes.items()),
+        {"svi": "variational inference", "nuts": "NUTS"}.get(method, method),
+        ", ".join(f"{n:,} × {d}" for d, n in sizes.items()),
     ]
     chains, draws = posterior.sizes["chain"], f"{posterior.sizes['draw']:,} draws"
     parts.append(f"{chains} chains × {draws}" if chains > 1 else draws)
@@ -152,11 +149,7 @@ def _checks(checks: xr.Dataset) -> str:
     )
 
 
-def _posterior_title(tree: xr.DataTree) -> str:
-    return "Population" if groups.population_names(tree) else "Posterior"
-
-
-def _population(tree: xr.DataTree, found: Mapping[str, xr.Dataset]) -> str:
+def _population(found: Mapping[str, xr.Dataset]) -> str:
     """Mean, sd, interval, unit, contraction and corrected shift of each population variable."""
     summary = found["summary"]
     share, shift = _column(found.get("contraction"), "contraction"), {}
@@ -176,9 +169,9 @@ def _population(tree: xr.DataTree, found: Mapping[str, xr.Dataset]) -> str:
             continue
         unit = str(summary["unit"][i].item())
         unit = "" if unit in ("", "1") else f' <span class="unit">{escape(unit)}</span>'
-        tail = [("contraction", share), ("shift", shift)]
         numbers = map(_Told, measured(mean, sd, *ends))
-        rows.append((_Told(breakable(name) + unit), *numbers, *(v.get(name, np.nan) for _, v in tail if v)))
+        tail = (column.get(name, np.nan) for column in (share, shift) if column)
+        rows.append((_Told(breakable(name) + unit), *numbers, *tail))
     percent = f"{summary.attrs['prob']:.0%}".replace("%", " %")
     head = ["variable", "mean", "sd", f"{percent} from", f"{percent} to"]
     notes = []

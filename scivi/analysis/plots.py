@@ -9,6 +9,7 @@ Longer than 400 lines because figures that stand on one page are drawn in one pl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -81,18 +82,11 @@ def _objective(ax: Axes, history: xr.Dataset) -> None:
     for chain in range(history.sizes["chain"]):
         one = history.isel(chain=chain)
         step, value = _steps(one), one["objective"].values
-        ax.plot(
-            step,
-            value,
-            marker=marker,
-            color=BLUE,
-            lw=1.2,
-            alpha=0.9,
-            label="mean of log window" if chain == 0 else None,
-        )
+        mean, noise = ("mean of log window", "± sd of a single step") if chain == 0 else (None, None)
+        ax.plot(step, value, marker=marker, color=BLUE, lw=1.2, alpha=0.9, label=mean)
         if "objective_sd" in one:
-            sd, label = one["objective_sd"].values, "± sd of a single step" if chain == 0 else None
-            ax.fill_between(step, value - sd, value + sd, color=BLUE, alpha=0.15, lw=0, label=label)
+            sd = one["objective_sd"].values
+            ax.fill_between(step, value - sd, value + sd, color=BLUE, alpha=0.15, lw=0, label=noise)
     value = history["objective"].values[np.isfinite(history["objective"].values)]
     if value.size > 10:  # the first steps of a fit would squeeze the rest
         low, high = np.quantile(value, [0.0, 0.95])
@@ -185,11 +179,11 @@ def plot_population(tree: xr.DataTree, *, reference: xr.DataTree | None = None, 
     posterior = groups.group(tree, "posterior")
     prior = groups.group(tree, "prior") if "prior" in tree.children else xr.Dataset()
     other = groups.group(reference, "posterior") if reference is not None else xr.Dataset()
-    entries = [(n, i) for n in groups.population_names(tree) for i in np.ndindex(*_shape(posterior[n]))]
-    entries = [(n, i) for n, i in entries if _varies(_entry(posterior[n], i))]
+    sizes = {n: posterior[n].isel(chain=0, draw=0).size for n in groups.population_names(tree)}
+    varying = ((n, i) for n in sizes for i in range(sizes[n]) if _varies(_entry(posterior[n], i)))
+    entries = list(islice(varying, SHOWN_PANELS))
     if not entries:
         raise DataError("no population variable: every variable of the posterior runs over rows.")
-    entries = entries[:SHOWN_PANELS]
     panels = _grid(ax, len(entries), 4, (2.1, 1.9))
     for each, (name, index) in zip(panels.each, entries, strict=True):
         draws = _entry(posterior[name], index)
@@ -201,9 +195,7 @@ def plot_population(tree: xr.DataTree, *, reference: xr.DataTree | None = None, 
         _density(each, draws, view, BLUE, "posterior", fill=True)
         if name in other:
             _density(each, _entry(other[name], index), view, INK, "NUTS", fill=False)
-        flat = int(np.ravel_multi_index(index, _shape(posterior[name]))) if index else 0
-        label = groups.label(posterior[name].isel(chain=0, draw=0), flat)
-        label = "\n".join(wrap(label, 24))
+        label = "\n".join(wrap(groups.label(posterior[name].isel(chain=0, draw=0), index), 24))
         each.set_xlim(view)
         each.set_ylim(bottom=0)
         each.set_yticks([])
@@ -221,13 +213,11 @@ def _grid(ax: Where, count: int, most: int, size: tuple[float, float], **grid: A
     return Panels(ax, count, whole, columns=columns, **grid)
 
 
-def _shape(array: xr.DataArray) -> tuple[int, ...]:
-    return tuple(array.sizes[d] for d in groups.site_dims(array))
-
-
-def _entry(array: xr.DataArray, index: tuple[int, ...]) -> np.ndarray:
-    chosen = array.isel(dict(zip(groups.site_dims(array), index, strict=True)))
-    return chosen.values.ravel().astype(float)
+def _entry(array: xr.DataArray, index: int) -> np.ndarray:
+    """All draws of one entry, counted in C order."""
+    rest = groups.site_dims(array)
+    where = np.unravel_index(index, [array.sizes[d] for d in rest])
+    return array.isel(dict(zip(rest, where, strict=True))).values.ravel().astype(float)
 
 
 def _density(ax: Axes, draws: np.ndarray, view: tuple, colour: str, label: str, *, fill: bool) -> None:

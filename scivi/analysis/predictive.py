@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 
 from scivi.analysis import groups, pareto
 from scivi.analysis.calibration import ALPHA, rank_among, uniformity
-from scivi.analysis.weights import row_reliability
+from scivi.analysis.weights import log_weights, row_reliability
 
 EFFECT = 0.02  # a difference that does not matter, however many rows show it; our choice
 
@@ -24,14 +24,19 @@ def pit_values(tree: xr.DataTree, *, seed: int = 0) -> xr.Dataset:
     Returns:
         The observed fields that have predictive draws, with their dims; NaN where the observation is missing.
     """
-    predictive, observed = groups.group(tree, "posterior_predictive"), groups.group(tree, "observed_data")
     rng, found = np.random.default_rng(seed), {}
+    for name, draws, seen in _replicated(tree):
+        rank = rank_among(draws, seen, rng)
+        found[name] = (rank + rng.random(rank.shape)) / (draws.sizes["chain"] * draws.sizes["draw"] + 1)
+    return xr.Dataset(found)
+
+
+def _replicated(tree: xr.DataTree) -> Iterator[tuple[str, xr.DataArray, xr.DataArray]]:
+    """Each observed field that has predictive draws: name, draws and observations, aligned."""
+    predictive, observed = groups.group(tree, "posterior_predictive"), groups.group(tree, "observed_data")
     for name, array in groups.numeric(predictive).items():
         if name in observed:
-            draws, seen = groups.aligned(array, observed[name])
-            rank = rank_among(draws, seen, rng)
-            found[name] = (rank + rng.random(rank.shape)) / (array.sizes["chain"] * array.sizes["draw"] + 1)
-    return xr.Dataset(found)
+            yield name, *groups.aligned(array, observed[name])
 
 
 def pit(tree: xr.DataTree, *, prob: float = 0.99, tolerance: float = EFFECT, seed: int = 0) -> xr.Dataset:
@@ -71,14 +76,10 @@ def pit(tree: xr.DataTree, *, prob: float = 0.99, tolerance: float = EFFECT, see
     return groups.table("variable", names, columns, prob=prob, one_sided=int(local))
 
 
-def _zero_fraction(x: np.ndarray) -> np.ndarray:
-    return (x == 0).mean(-1)
-
-
 STATISTICS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "mean": lambda x: x.mean(-1),
     "sd": lambda x: x.std(-1),
-    "zero fraction": _zero_fraction,
+    "zero fraction": lambda x: (x == 0).mean(-1),
     "max": lambda x: x.max(-1),
 }
 
@@ -110,12 +111,8 @@ def predictive_check(
     References:
         Gelman, Meng, Stern (1996), Statistica Sinica 6:733.
     """
-    predictive, observed = groups.group(tree, "posterior_predictive"), groups.group(tree, "observed_data")
     names, rows = [], []
-    for field, array in groups.numeric(predictive).items():
-        if field not in observed:
-            continue
-        draws, seen = groups.aligned(array, observed[field])
+    for field, draws, seen in _replicated(tree):
         rest = groups.site_dims(draws)
         flat_seen = seen.transpose(*rest).values.ravel().astype(float)
         there = np.isfinite(flat_seen)
@@ -210,12 +207,7 @@ def _leave_one_out(tree: xr.DataTree) -> dict[str, xr.Dataset]:
     """elpd, k_hat and p_loo of each entry of each observed site; chains are pooled."""
     sites, correction = groups.numeric(groups.group(tree, "log_likelihood")), 0.0
     if groups.has(tree, "sample_stats", "lp", "log_q"):
-        stats = tree.children["sample_stats"].dataset
-        ratio = (
-            (stats["lp"].astype(float) - stats["log_q"].astype(float))
-            .transpose(*groups.SAMPLE)
-            .values.ravel()
-        )
+        ratio = log_weights(tree).values.ravel()
         correction = ratio - ratio.max()
 
     def judge(values: np.ndarray) -> dict[str, np.ndarray]:

@@ -75,7 +75,6 @@ dl {{ display:grid; grid-template-columns:fit-content(46%) 1fr; margin:4px 0 8px
 dt, dd {{ margin:0; padding:3px 0; border-bottom:1px solid var(--line); min-width:0;
   overflow-wrap:anywhere; }}
 dt {{ color:var(--soft); padding-right:12px; }} dd {{ font-variant-numeric:tabular-nums; }}
-code {{ font-size:12.5px; overflow-wrap:anywhere; }}
 @media (max-width:{NARROW}px) {{
   main {{ padding:20px 16px 48px; }} h1 {{ font-size:22px; }} h2 {{ margin-top:32px; }}
   .verdict {{ padding:14px 16px; }} .verdict h2 {{ font-size:22px; }} .next {{ padding:12px 16px; }}

@@ -7,6 +7,7 @@ that the rank of the actual statistic is a p-value whatever the features depend 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,11 +140,10 @@ def dependence(z: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, tuple[int, in
     """Largest change of the product of two columns, (division,), and the places of these as it is."""
     largest, pair = np.zeros(len(of), np.float32), (0, 0)
     first, second = np.triu_indices(z.shape[1], 1)
-    for start in range(0, len(first), max(1, _BLOCK // len(z))):
-        some = slice(start, start + max(1, _BLOCK // len(z)))
+    for some in blocks(len(first), len(z)):
         change = changes(z[:, first[some]] * z[:, second[some]], of)
         if change[0].max() > largest[0]:
-            at = start + int(change[0].argmax())
+            at = some.start + int(change[0].argmax())
             pair = int(first[at]), int(second[at])
         np.maximum(largest, change.max(1), out=largest)
     return largest, pair
@@ -166,15 +166,25 @@ def neighbours(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The nearest ten other rows of each, (row, 10), and how far the tenth is, (row,); fewer of few rows."""
     k = min(NEIGHBOURS, len(places) - 1)
     near, far = np.empty((len(places), k), int), np.zeros(len(places))
-    step = max(1, _BLOCK // len(places))
-    for start in range(0, len(places), step):
-        apart = distances(places[start : start + step], places)
-        here = np.arange(len(apart))
-        apart[here, start + here] = np.inf
-        if k:
-            near[start : start + step] = np.argpartition(apart, k - 1, axis=1)[:, :k]
-            far[start : start + step] = np.take_along_axis(apart, near[start : start + step], 1).max(1)
+    for some, apart in to_others(places) if k else ():
+        near[some] = np.argpartition(apart, k - 1, axis=1)[:, :k]
+        far[some] = np.take_along_axis(apart, near[some], 1).max(1)
     return near, far
+
+
+def to_others(places: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Distances of some rows at a time to all, (some, row), infinite to themselves."""
+    for some in blocks(len(places), len(places)):
+        apart = distances(places[some], places)
+        here = np.arange(len(apart))
+        apart[here, some.start + here] = np.inf
+        yield some, apart
+
+
+def blocks(n: int, width: int) -> Iterator[slice]:
+    """Slices of n rows of a width, each of as many as are held at once."""
+    step = max(1, _BLOCK // width)
+    return (slice(start, start + step) for start in range(0, n, step))
 
 
 def distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -64,13 +64,17 @@ def reliability(tree: xr.DataTree, *, threshold: float = USABLE_K, shift: float 
         proposals = log_weight.shape[1]
         found = _judged(tree, log_weight, names, threshold, shift, equal=True)
     else:
-        stats = groups.group(tree, "sample_stats", "lp", "log_q")
-        difference = stats["lp"].astype(float) - stats["log_q"].astype(float)
-        found = _judged(tree, difference.transpose(*groups.SAMPLE).values, names, threshold, shift)
+        found = _judged(tree, log_weights(tree).values, names, threshold, shift)
     strict = few(rows, shared)
     says = decisive(strict, found["k_hat"].values, threshold)
     found["ok"] = found["ok"] & says
     return found.assign_attrs(decisive=int(says), few=int(strict), local_rows=rows, proposals=proposals)
+
+
+def log_weights(tree: xr.DataTree) -> xr.DataArray:
+    """Log p - log q of every draw, all latents together, dims (chain, draw), and of many fits theirs."""
+    stats = groups.group(tree, "sample_stats", "lp", "log_q")
+    return (stats["lp"].astype(float) - stats["log_q"].astype(float)).transpose(*groups.SAMPLE, ...)
 
 
 def few(rows: int, shared: Sequence[str]) -> bool:
@@ -101,17 +105,14 @@ def _judged(
     posterior = groups.group(tree, "posterior").isel(draw=some)
     if equal:
         weight = np.full((posterior.sizes["chain"], posterior.sizes["draw"]), 1 / posterior.sizes["draw"])
-    columns = {key: [np.empty(0)] for key in ("mean", "sd", "corrected_mean", "shift_sd", "shift_mcse")}
-    entries: list[str] = []
-    for name in names:
-        found = groups.entrywise(posterior[name], lambda values: corrected(values, weight))
-        entries += groups.labels(found["mean"].rename(name))
-        for key, array in found.data_vars.items():
-            columns[str(key)].append(array.values.ravel())
-    joined: dict[str, np.ndarray] = {key: np.concatenate(parts) for key, parts in columns.items()}
-    within = np.abs(joined["shift_sd"]) <= np.maximum(shift, 2 * joined["shift_mcse"])
-    joined["ok"] = within & bool((numbers["k_hat"] <= threshold).all())
-    result = groups.table("variable", entries, joined, threshold=threshold)
+    found = {
+        name: groups.entrywise(posterior[name], lambda values: corrected(values, weight)) for name in names
+    }
+    keys = ("mean", "sd", "corrected_mean", "shift_sd", "shift_mcse")
+    entries, columns = groups.stacked(found, keys)
+    within = np.abs(columns["shift_sd"]) <= np.maximum(shift, 2 * columns["shift_mcse"])
+    columns["ok"] = within & bool((numbers["k_hat"] <= threshold).all())
+    result = groups.table("variable", entries, columns, threshold=threshold)
     return result.assign({key: ("chain", value) for key, value in numbers.items()})
 
 

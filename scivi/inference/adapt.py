@@ -4,11 +4,10 @@ Newton's method finds modes from a few starts, and the curvature there the first
 distribution each. In each round they are sampled, the latest draws are weighed by the mixture of everything
 that they were drawn from (AMIS, Cornuet et al. 2012), and the parts are moved to the weighted draws by
 expectation maximisation (Cappé et al. 2008). A round's own weights say how good the parts are that made it.
-What no draw has reached they cannot say: so walkers, which begin at draws and move by the density's gradient
-(Hamiltonian Monte Carlo), are asked whether they come to where weights are larger than any that was seen.
-These measurements, and no loss curve, end the search, or split every part in two. If sixteen parts do not do,
-and nutpie is there, its chains show where the posterior lies: parts are fitted to their draws, and if these
-do not do either, the draws themselves are kept.
+What no draw has reached they cannot say: of that walkers are asked (``reach``). These measurements, and no
+loss curve, end the search, or split every part in two. If sixteen parts do not do, and nutpie is there, its
+chains show where the posterior lies: parts are fitted to their draws, and if these do not do either, the
+draws themselves are kept.
 
 References:
     Cornuet, Marin, Mira, Robert 2012, Scand. J. Stat. 39, 798, doi:10.1111/j.1467-9469.2011.00756.x.

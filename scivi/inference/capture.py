@@ -31,9 +31,9 @@ FILLS = {  # operations that fill a tensor with random numbers, and how they do 
     torch.ops.aten.log_normal.default: torch.ops.aten.log_normal_.default,
     torch.ops.aten.geometric.default: torch.ops.aten.geometric_.default,
 }
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 Function = Callable[..., Sequence[Tensor]]
 WORTH_THREADS = 2**22  # of ``work_of``: a millisecond or more (our choice, measured)
-COMMON: dict[str, Any] = {"fallback_random": True}  # torch's own random numbers, as an eager run draws them
 ON_CPU: dict[str, Any] = {
     "cpp_wrapper": True,  # the calls between kernels in C++ too: most of a small model's time is there
     "cpp.min_chunk_size": 2**12,  # numbers in a loop that repay a second thread (our choice; default 512)
@@ -191,11 +191,7 @@ def work_of(graph: GraphModule) -> int:
         if not isinstance(value, Tensor):
             continue
         work += value.numel()
-        if node.target in (
-            torch.ops.aten.mm.default,
-            torch.ops.aten.addmm.default,
-            torch.ops.aten.bmm.default,
-        ):
+        if node.target in PRODUCTS:
             inner = node.args[-1].meta["val"].shape[-2]
             work += value.numel() * inner // 8
     return work
@@ -239,7 +235,8 @@ def _inductor(graph: GraphModule, examples: Sequence[Tensor]) -> Function:
     from torch._inductor import standalone_compile
     from torch._inductor.exc import InductorError
 
-    with config.patch({**COMMON, **(ON_CPU if examples[0].device.type == "cpu" else {})}):
+    knobs = ON_CPU if examples[0].device.type == "cpu" else {}
+    with config.patch({"fallback_random": True, **knobs}):  # random numbers as an eager run draws them
         try:
             return standalone_compile(graph, list(examples), dynamic_shapes="from_example_inputs")
         except InductorError as error:

@@ -13,7 +13,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -111,15 +111,9 @@ def nutpie_chain(function: Function, first: Tensor, length: Length, seed: int, b
         coords={"coordinate": np.arange(size)},
         make_initial_point_fn=lambda _: start.copy(),
     )
-    how: dict[str, Any] = {
-        "draws": length.draws,
-        "tune": length.warmup,
-        "chains": 1,
-        "cores": 1,
-        "seed": seed,
-    }
+    how: dict[str, Any] = {"draws": length.draws, "tune": length.warmup, "chains": 1, "cores": 1}
     try:
-        found: Any = nutpie.sample(model, **how, save_warmup=False, progress_bar=False)
+        found: Any = nutpie.sample(model, **how, seed=seed, save_warmup=False, progress_bar=False)
     except RuntimeError as error:
         if "initialization points failed" not in str(error):
             raise
@@ -230,20 +224,15 @@ class _Kernel(NUTS):
         return momentum, unscaled
 
 
-class _Counted:
-    """A function, counting how often it is called."""
-
-    def __init__(self, function: Callable[[dict[str, Tensor]], Tensor]) -> None:
-        self.function, self.calls = function, 0
-
-    def __call__(self, z: dict[str, Tensor]) -> Tensor:
-        self.calls += 1
-        return self.function(z)
-
-
 def pyro_chain(density: Potential, first: Tensor, length: Length, bar: tqdm) -> Chain:
     """One chain by Pyro; its randomness is torch's."""
-    energy = _Counted(density.energy)
+    calls = 0
+
+    def energy(z: dict[str, Tensor]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return density.energy(z)
+
     kernel = _Kernel(potential_fn=energy)
     point = kernel.initial_params = density.split(first)
     kernel.setup(length.warmup)
@@ -251,20 +240,17 @@ def pyro_chain(density: Potential, first: Tensor, length: Length, bar: tqdm) -> 
     stats: dict[str, list[float]] = {name: [] for name in STATS}
     for k in range(length.warmup + length.draws):
         before = float(cast(Tensor, kernel._fetch_from_cache()[1]))
-        calls = energy.calls
-        accepted = kernel._mean_accept_prob
+        called, accepted = calls, kernel._mean_accept_prob
         point = kernel.sample(point)
         bar.update()
         if k < length.warmup:
             continue
-        n, n_steps = k - length.warmup + 1, energy.calls - calls
+        n, n_steps = k - length.warmup + 1, calls - called
         rate = kernel._mean_accept_prob if n == 1 else accepted + n * (kernel._mean_accept_prob - accepted)
         diverged = (n - 1) in kernel.diagnostics()["divergences"][-1:]
-        depth, total = _depth(n_steps), before + kernel.kinetic
-        for name, number in zip(
-            STATS, (diverged, rate, kernel.step_size, n_steps, depth, total), strict=True
-        ):
+        told = (diverged, rate, kernel.step_size, n_steps, _depth(n_steps), before + kernel.kinetic)
+        for name, number in zip(STATS, told, strict=True):
             stats[name].append(number)
         path.append([point[name].detach().reshape(-1) for name in density.shapes])
     flat = torch.stack([torch.cat(list(parts)) for parts in path])
-    return Chain(flat, {name: np.array(numbers) for name, numbers in stats.items()}, energy.calls)
+    return Chain(flat, {name: np.array(numbers) for name, numbers in stats.items()}, calls)

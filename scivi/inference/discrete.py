@@ -17,7 +17,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from scivi.errors import Unsupported
-from scivi.inference.scores import Placed, by_particle, by_row, log_prob, particle_plate
+from scivi.inference.scores import by_particle, by_row, log_prob, particle_plate, placed
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
 from scivi.models.sites import plates_of, sample_sites, value_of
@@ -92,7 +92,7 @@ def complete(
         summed = summed_out(poutine.trace(enumerated).get_trace())
     drawn = poutine.trace(infer_discrete(enumerated, first_available_dim=first)).get_trace()
     values = {n: s["value"] for n, s in sample_sites(guide)} | {n: value_of(drawn, n) for n in names}
-    with particle_plate(draws, bound.nesting), Placed(values, lambda name, _: values[name]):
+    with particle_plate(draws, bound.nesting), placed(values):
         model = poutine.trace(bound.model).get_trace(batch)
 
         def completed(batch: Batch) -> None:

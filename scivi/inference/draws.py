@@ -24,6 +24,7 @@ from scivi.errors import DataError, TrustWarning, Unsupported, listed
 from scivi.inference import marginal
 from scivi.inference.discrete import complete, left_out
 from scivi.inference.gather import (
+    Sampled,
     density,
     forecasts,
     log_likelihood,
@@ -36,7 +37,7 @@ from scivi.inference.importance import USABLE_K, chosen, pareto_k, truncated
 from scivi.inference.opening import open_data
 from scivi.inference.population import weigh_globals
 from scivi.inference.refine import Refined, refine_rows
-from scivi.inference.scores import Placed, particle_plate, quiet
+from scivi.inference.scores import particle_plate, placed, quiet
 from scivi.inference.shards import collector
 from scivi.inference.state import Fit
 from scivi.inference.team import Team
@@ -257,13 +258,12 @@ def _totals(chains: Sequence[_Chain], source: Any) -> Named:
     if all(w is not None for w in weights):
         totals["global_log_weight"] = weights
     draws = chains[0].draws
-    told: Named = {
-        n: (SAMPLED, np.stack([np.broadcast_to(v, (draws,)) for v in of])) for n, of in totals.items()
-    }
-    weights = [c.proposal_log_weight for c in chains if c.corrected]
-    return (
-        told if not weights else {**told, "proposal_log_weight": (("chain", "proposal"), np.stack(weights))}
-    )
+    told: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    for name, of in totals.items():
+        told[name] = (SAMPLED, np.stack([np.broadcast_to(v, (draws,)) for v in of]))
+    if corrected := [c.proposal_log_weight for c in chains if c.corrected]:
+        told["proposal_log_weight"] = (("chain", "proposal"), np.stack(corrected))
+    return told
 
 
 def _correct(chains: Sequence[_Chain], source: Any, asked: bool | None) -> None:
@@ -308,8 +308,7 @@ class _Chain:
 
     def __init__(self, fit: Fit, draws: int, seed: int) -> None:
         self.fit, self.draws, self.seed = fit, draws, seed
-        some = next(iter(fit.bound.example.values.values()))
-        self.device = some.device
+        self.like = next(iter(fit.bound.example.values.values()))  # of the fit's dtype, on its device
         with self._running(0):
             self.given = _globals(fit.bound, draws)
         self.log_joint, self.log_guide = np.zeros(()), np.zeros(())
@@ -357,8 +356,7 @@ class _Chain:
     def proposals(self, source: Any) -> tuple[dict[str, Tensor], Tensor]:
         """Four times as many values of the globals, and their log weights, all rows taken together."""
         bound, rows = self.fit.bound, self.fit.template.row_dims
-        some = next(iter(bound.example.values.values()))
-        whole = read_batch(source, self.fit.template.fields, rows, {}, some)
+        whole = read_batch(source, self.fit.template.fields, rows, {}, self.like)
         total, most = PROPOSED * self.draws, max(source.sizes[row] for row in rows)
         blocks = math.ceil(total / max(4, rows_at_once(bound, rows[0], 1) // most))
         values, weights = [], []
@@ -366,12 +364,7 @@ class _Chain:
             for part in torch.arange(total).tensor_split(blocks):
                 n = len(part)
                 given = _globals(bound, n)
-                with (
-                    particle_plate(n, bound.nesting),
-                    Placed(given, lambda name, _, given=given: given[name]),
-                ):
-                    guide = poutine.trace(bound.guide).get_trace(whole)
-                guide, model = _run_model(bound, whole, guide, n)
+                guide, model = _run_pair(bound, whole, given, n)
                 weight = torch.zeros(n).double()
                 for k, row in enumerate(rows):
                     log_p, log_q = (density(bound, t, whole, row, rows_only=k > 0) for t in (model, guide))
@@ -382,7 +375,7 @@ class _Chain:
 
     @contextmanager
     def _running(self, stream: int) -> Iterator[None]:
-        with seeded(self.seed + stream, self.device), torch.no_grad(), quiet():
+        with seeded(self.seed + stream, self.like.device), torch.no_grad(), quiet():
             yield
 
     def rows(self, batch: Batch, number: int, refine: bool, predictive: bool) -> Groups:
@@ -393,10 +386,7 @@ class _Chain:
     def _rows(self, batch: Batch, number: int, refine: bool, predictive: bool) -> Groups:
         bound, draws, template = self.fit.bound, self.draws, self.fit.template
         row = template.row_dims[0]
-        with particle_plate(draws, bound.nesting):
-            with Placed(self.given, lambda name, _: self.given[name]):
-                guide = poutine.trace(bound.guide).get_trace(batch)
-        guide, model = _run_model(bound, batch, guide, draws)
+        guide, model = _run_pair(bound, batch, self.given, draws)
         weight = row_weight(bound, guide, model, batch, draws)
         outside = _outside(self.fit, batch)
         poor = outside.copy()
@@ -414,32 +404,28 @@ class _Chain:
                 weight = by_guide.index_copy(1, refined.rows, refined.log_weight)
                 lost = (by_guide - weight).sum(1)
                 gap[refined.rows.cpu().numpy()] = refined.gap.cpu().numpy()
-        self.log_joint = self.log_joint + _numpy(density(bound, model, batch, row, rows_only=number > 0))
-        self.log_guide = self.log_guide + _numpy(
-            density(bound, guide, batch, row, rows_only=number > 0) + lost
-        )
+        log_p, log_q = (density(bound, t, batch, row, rows_only=number > 0) for t in (model, guide))
+        self.log_joint = self.log_joint + _numpy(log_p)
+        self.log_guide = self.log_guide + _numpy(log_q + lost)
         stats: dict[str, Any] = {"outside": ((row,), outside), "poor": ((row,), poor)}
         if weight is not None:
             stats["row_log_weight"] = ((row,), weight.cpu().numpy())
         if refine:
             stats["amortisation_gap"] = ((row,), gap)
         groups: Groups = {
-            "posterior": reported(bound, model, batch, draws, row=None if number == 0 else row),
-            "log_likelihood": log_likelihood(template, model, batch, draws),
+            "posterior": _arrays(reported(bound, model, batch, draws, row=None if number == 0 else row)),
+            "log_likelihood": _arrays(log_likelihood(template, model, batch, draws)),
             "sample_stats": stats,
         }
         if predictive:
-            groups["posterior_predictive"] = forecasts(bound, model, batch, draws)
+            groups["posterior_predictive"] = _arrays(forecasts(bound, model, batch, draws))
         return groups
 
     def add_density(self, batch: Batch, row: str, stream: int) -> None:
         """Add up the density of a chunk of rows along another row dim, of which nothing else is told."""
-        bound, draws = self.fit.bound, self.draws
+        bound = self.fit.bound
         with self._running(1 + stream):
-            with particle_plate(draws, bound.nesting):
-                with Placed(self.given, lambda name, _: self.given[name]):
-                    guide = poutine.trace(bound.guide).get_trace(batch)
-            guide, model = _run_model(bound, batch, guide, draws)
+            guide, model = _run_pair(bound, batch, self.given, self.draws)
             self.log_joint = self.log_joint + _numpy(density(bound, model, batch, row, rows_only=True))
             self.log_guide = self.log_guide + _numpy(density(bound, guide, batch, row, rows_only=True))
 
@@ -469,6 +455,10 @@ def _numpy(value: Tensor) -> np.ndarray:
     return value.cpu().numpy()
 
 
+def _arrays(named: Sampled) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    return {name: (dims, _numpy(value)) for name, (dims, value) in named.items()}
+
+
 def _globals(bound: Bound, draws: int, theta: Tensor | None = None) -> dict[str, Tensor]:
     """Values of the guide's global sites, auxiliary ones too, over all draws; none if no latent is global.
 
@@ -481,16 +471,21 @@ def _globals(bound: Bound, draws: int, theta: Tensor | None = None) -> dict[str,
         module = marginal.global_module(bound)
         assert module is not None
         fixed = {module.name: theta.to(module.loc).reshape(draws, *[1] * bound.nesting, -1)}
-    with particle_plate(draws, bound.nesting), Placed(fixed, lambda name, _: fixed[name]):
+    with particle_plate(draws, bound.nesting), placed(fixed):
         trace = poutine.trace(bound.guide).get_trace(bound.example)
     rows = bound.template.row_dims
     return {name: site["value"] for name, site in sample_sites(trace) if row_dim_of(site, rows) is None}
 
 
-def _run_model(
-    bound: Bound, batch: Batch, guide: poutine.Trace, draws: int
+def _run_pair(
+    bound: Bound, batch: Batch, values: Mapping[str, Tensor], draws: int
 ) -> tuple[poutine.Trace, poutine.Trace]:
-    """Guide and model on the guide's values; discrete latents that it leaves out are drawn given the data."""
+    """Guide with some sites at these values, and model on the guide's.
+
+    Discrete latents that the guide leaves out are drawn given the data.
+    """
+    with particle_plate(draws, bound.nesting), placed(values):
+        guide = poutine.trace(bound.guide).get_trace(batch)
     if left_out(bound, guide):
         return complete(bound, batch, guide, draws)
     with particle_plate(draws, bound.nesting):
@@ -542,6 +537,4 @@ def _replaced(
         all_rows[axis] = values[name].shape[axis]
         values[name] = values[name].expand(all_rows).clone()
         values[name].index_copy_(value.dim() + axis, refined.rows, value)
-    with particle_plate(draws, bound.nesting), Placed(values, lambda name, _: values[name]):
-        guide = poutine.trace(bound.guide).get_trace(batch)
-    return _run_model(bound, batch, guide, draws)
+    return _run_pair(bound, batch, values, draws)

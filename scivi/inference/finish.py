@@ -20,10 +20,7 @@ from scivi.inference.state import State
 from scivi.inputs.batches import Batch, read_batch
 from scivi.models.binding import Bound
 
-THERE_SD, NEAR_SD = (
-    0.3,
-    5.0,
-)  # posterior sd: last step of a start at the mode, and of one near it (our choice)
+THERE_SD, NEAR_SD = 0.3, 5.0  # posterior sd: last step of a start at the mode, of one near it (our choice)
 START_ROWS = 1024  # rows of the Newton start (our choice: some percent in the globals, .2 s)
 FEW_ROWS = 512  # rows up to which the population's posterior may be far from normal (our choice)
 FINISH_ROWS = 2**13  # rows for curvature and fine nodes (our choice: 1 % in the globals' sd)
@@ -44,7 +41,7 @@ def start_globals(state: State, source: Any, plan: Plan) -> None:
     module = marginal.global_module(bound)
     if module is None:
         return
-    some = _spread_rows(source, bound, START_ROWS)
+    some = _spread_rows(source, bound, START_ROWS, marginal.layout(bound, bound.example).dims)
     rows = Rows(some, some, 1.0)
     try:
         found = newton_finish(bound, rows, plan.nodes, fine=False, max_steps=40, tolerance=THERE_SD)
@@ -67,10 +64,10 @@ def globals_alone(bound: Bound) -> bool:
     return bool(own) and all(p in own for p in bound.nets.parameters())
 
 
-def _spread_rows(source: Any, bound: Bound, most: int) -> Callable[[int], Iterator[Batch]]:
+def _spread_rows(source: Any, bound: Bound, most: int, dims: int) -> Callable[[int], Iterator[Batch]]:
     """Passes over evenly spread rows, at most so many, in chunks that suit the number of nodes."""
     template, some = bound.template, next(iter(bound.example.values.values()))
-    first, dims = template.row_dims[0], marginal.layout(bound, bound.example).dims
+    first = template.row_dims[0]
     n = source.sizes[first]
     count = min(most, n)
 
@@ -94,9 +91,13 @@ def finish_globals(state: State, source: Any, plan: Plan) -> None:
     bound = state.bound
     with state.sampling(), torch.no_grad():
         module = marginal.global_module(bound)
-        if not plan.newton or module is None or prepare(bound, bound.example, plan).estimator != "marginal":
+        if not plan.newton or module is None:
             return
-    rows, n = _rows_of(bound, source, plan), source.sizes[bound.template.row_dims[0]]
+        objective = prepare(bound, bound.example, plan)
+        if objective.estimator != "marginal":
+            return
+    n = source.sizes[bound.template.row_dims[0]]
+    rows = _rows_of(bound, source, plan, objective.layout.dims)
     with state.sampling():
         if n <= FEW_ROWS:
             found = polish(bound, rows, plan.nodes)
@@ -119,11 +120,10 @@ def finish_globals(state: State, source: Any, plan: Plan) -> None:
     state.finish |= {**told, "moved_sd": float(moved.abs().max())}
 
 
-def _rows_of(bound: Bound, source: Any, plan: Plan) -> Rows:
+def _rows_of(bound: Bound, source: Any, plan: Plan, dims: int) -> Rows:
     """Passes over all rows, and over as many as curvature and fine nodes are worth."""
     n = source.sizes[bound.template.row_dims[0]]
-    dims = marginal.layout(bound, bound.example).dims
     coarse = marginal.n_nodes(dims, marginal.summing_nodes(dims, plan.nodes))
-    most = MOST_FINE_NODES // marginal.n_nodes(dims, 2 * plan.nodes + 1)
+    most = MOST_FINE_NODES // marginal.n_nodes(dims, marginal.fine_nodes(plan.nodes))
     some = min(n, max(1, most), max(FINISH_ROWS, FINISH_NODES // coarse))
-    return Rows(_spread_rows(source, bound, n), _spread_rows(source, bound, some), n / some)
+    return Rows(_spread_rows(source, bound, n, dims), _spread_rows(source, bound, some, dims), n / some)

@@ -1,4 +1,4 @@
-"""Traces over some rows become named arrays: what a chunk of rows adds to a posterior tree."""
+"""Traces over some rows become named values: what a chunk of rows adds to a posterior tree."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
 from scivi.errors import TemplateError
-from scivi.inference.scores import Placed, by_particle, by_row, log_prob, particle_plate, quiet, row_scale
-from scivi.inference.trees import arranged, dataset
+from scivi.inference.scores import by_particle, by_row, log_prob, particle_plate, placed, quiet, row_scale
+from scivi.inference.trees import dataset
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.sites import plates_of, row_dim_of, sample_sites, value_of
 from scivi.models.template import Template
 
+Sampled = dict[str, tuple[tuple[str, ...], Tensor]]  # by name: dims, and values (draw, *dims)
 AT_ONCE = 2**19  # draws x rows held at once (our choice: some hundred MB with a dozen sites)
 ENTRIES_AT_ONCE = 2**21  # draws x rows x entries of a row, likewise (our choice: 8 MB a tensor)
 
@@ -37,10 +37,19 @@ def shape_of(template: Template, dims: Sequence[str], batch: Batch) -> list[int]
     return [batch.n_rows(d) if d in template.row_dims else sizes[d] for d in dims]
 
 
+def arranged(value: Tensor, draws: int, shape: Sequence[int]) -> Tensor:
+    """A site's values over so many particles as (draw, *shape).
+
+    Unit plates are dropped; constants are repeated.
+    """
+    own = draws if value.numel() == draws * math.prod(shape) else 1
+    return value.reshape(own, *shape).expand(draws, *shape)
+
+
 def reported(
     bound: Bound, model: poutine.Trace, batch: Batch, draws: int, *, row: str | None = None
-) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """What a model's trace has to report, (draw, *dims); with ``row``, only what has this dim.
+) -> Sampled:
+    """What a model's trace has to report; with ``row``, only what has this dim.
 
     Raises:
         TemplateError: a site's shape is not that of its dims.
@@ -50,7 +59,7 @@ def reported(
         if row is not None and row not in dims:
             continue
         value, shape = values[name], shape_of(template, dims, batch)
-        if value.numel() not in (int(np.prod(shape)), draws * int(np.prod(shape))):
+        if value.numel() not in (math.prod(shape), draws * math.prod(shape)):
             raise TemplateError(
                 f'site "{name}" has shape {tuple(value.shape)} over {draws} draws, which is not '
                 f"(draw, {', '.join(dims)}) = {(draws, *shape)}. Correct dims, or write the model so that it "
@@ -60,27 +69,23 @@ def reported(
     return found
 
 
-def log_likelihood(
-    template: Template, model: poutine.Trace, batch: Batch, draws: int
-) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Log density of each observed site over its plates, (draw, *plates); 0 if missing."""
+def log_likelihood(template: Template, model: poutine.Trace, batch: Batch, draws: int) -> Sampled:
+    """Log density of each observed site over its plates; 0 if missing."""
     found = {}
     for name in (n for n in template.observed if n in template.told):
         node = model.nodes[name]
-        placed = sorted(plates_of(node).items(), key=lambda item: item[1])
-        dims = tuple(p for p, _ in placed if p != "_particle")
+        plates = sorted(plates_of(node).items(), key=lambda item: item[1])
+        dims = tuple(p for p, _ in plates if p != "_particle")
         value = log_prob(node, scaled=False)
         found[name] = (dims, arranged(value, draws, shape_of(template, dims, batch)))
     return found
 
 
-def forecasts(
-    bound: Bound, model: poutine.Trace, batch: Batch, draws: int
-) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Observed fields drawn anew at a trace's latents, (draw, *dims)."""
+def forecasts(bound: Bound, model: poutine.Trace, batch: Batch, draws: int) -> Sampled:
+    """Observed fields drawn anew at a trace's latents."""
     template = bound.template
     values = {n: s["value"] for n, s in sample_sites(model) if not s["is_observed"]}
-    with particle_plate(draws, bound.nesting), Placed(values, lambda name, _: values[name]):
+    with particle_plate(draws, bound.nesting), placed(values):
         again = poutine.trace(bound.model).get_trace(batch.predict())
     dims = {n: f.dims for n, f in template.told.items() if f.role == "observed"}
     return {
@@ -104,7 +109,8 @@ def prior_draws(
     for name, dims in shared.items():
         if name in trace.nodes:
             shape = shape_of(template, dims, bound.example)
-            named[name] = (dims, arranged(value_of(trace, name), draws, shape)[None])
+            value = arranged(value_of(trace, name), draws, shape)
+            named[name] = (dims, value.contiguous().cpu().numpy()[None])
     return dataset(named, coords, units, sampled=True)
 
 

@@ -126,28 +126,30 @@ def _by_first(state: State, work: Callable[[], None]) -> None:
     state.finish = state.team.told(state.finish)
 
 
+def _last(state: State, plan: Plan) -> int:
+    """Step at which the fit ends, as far as is known."""
+    if state.decay_from is not None and state.decay_steps is not None:
+        return min(plan.steps, state.decay_from + state.decay_steps)
+    return plan.steps
+
+
 def _room(state: State, plan: Plan) -> int:
     """Steps until the next entry of the history, or the end."""
-    last = plan.steps
-    if state.decay_from is not None and state.decay_steps is not None:
-        last = min(last, state.decay_from + state.decay_steps)
-    return min(last - state.step, plan.log_every - state.step % plan.log_every)
+    return min(_last(state, plan) - state.step, plan.log_every - state.step % plan.log_every)
 
 
 def _ended(state: State, plan: Plan) -> bool:
-    if state.decay_from is not None and state.decay_steps is not None:
-        return state.step >= min(plan.steps, state.decay_from + state.decay_steps)
-    return state.step >= plan.steps
+    return state.step >= _last(state, plan)
 
 
 def _log(state: State, plan: Plan, now: Mapping[str, float]) -> None:
-    rows = state.feed.size_of(state.bound.template.row_dims[0])
+    first = state.bound.template.row_dims[0]
     since = state.history[-1]["wall_s"] if state.history else 0.0
     extra = {
         "step": state.step,
         "lr": state.lr_factor * plan.lr_at(state.step - 1, state.decay_from, state.decay_steps),
         "beta": plan.beta_at(state.step - 1),
-        "rows_per_batch": rows or state.feed.sizes[state.bound.template.row_dims[0]],
+        "rows_per_batch": state.feed.size_of(first) or state.feed.sizes[first],
         "signal_to_noise": signal_to_noise(state.optimiser),
         "wall_s": state.wall_s,
         "loader_share": min(1.0, state.feed.waited() / (state.wall_s - since)),
@@ -188,12 +190,10 @@ def _go_back(
     state.lr_factor, state.stopped = 0.5 ** len(state.restarts), stopped  # a signal to stop holds
     if len(state.restarts) > plan.restarts:
         state.stopped = "diverged"
-        tried = (
-            f" {plan.restarts} restarts with ever smaller learning rates did not help."
-            if plan.restarts
-            else ""
-        )
-        raise FitError(f"{error}{tried}", step=error.step, site=error.site, rows=error.rows, state=state)
+        what = str(error)
+        if plan.restarts:
+            what += f" {plan.restarts} restarts with ever smaller learning rates did not help."
+        raise FitError(what, step=error.step, site=error.site, rows=error.rows, state=state)
 
 
 def fit(

@@ -19,14 +19,14 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
-from scivi.errors import DataError, FitError, PlanError, TemplateError, Unsupported
+from scivi.errors import DataError, FitError, PlanError, Unsupported
 from scivi.inference.capture import captured, stacked
 from scivi.inference.discrete import left_out
 from scivi.inference.ending import frozen, identity_of
-from scivi.inference.gather import density, row_weight, shape_of
+from scivi.inference.gather import arranged, density, log_likelihood, reported, row_weight
 from scivi.inference.opening import begin, open_data
 from scivi.inference.plan import Plan
-from scivi.inference.scores import log_prob, particle_plate, quiet
+from scivi.inference.scores import particle_plate, quiet
 from scivi.inference.sets import SHOWN, DataSets, open_sets
 from scivi.inference.slots import Course, Slots
 from scivi.inference.state import Fit, State, versions
@@ -42,8 +42,7 @@ from scivi.inference.trees import (
     units_of,
 )
 from scivi.inputs.batches import Batch
-from scivi.models.binding import Bound, seeded, stream_seed
-from scivi.models.sites import plates_of
+from scivi.models.binding import seeded, stream_seed
 from scivi.models.template import Template
 
 ESTIMATORS = ("trace", "analytic", "stl", "iwae")  # those that a batched fit knows
@@ -88,7 +87,7 @@ def fit_many(
     sets = open_sets(template, data, over, plan)
     plan = _settled(sets, plan)
     state = sets.begin(0, plan)
-    _refuse_left_out(state.bound)
+    _refuse_left_out(state)
     if not (state.learns and plan.steps):
         course = Course.of(len(sets), plan, ())
         course.stopped[:] = "steps" if state.learns else "nothing to learn"
@@ -124,9 +123,9 @@ def _settled(sets: DataSets, plan: Plan) -> Plan:
     return replace(plan, estimator=estimator)
 
 
-def _refuse_left_out(bound: Bound) -> None:
-    device = next(iter(bound.example.values.values())).device
-    with seeded(0, device), torch.no_grad(), quiet():
+def _refuse_left_out(state: State) -> None:
+    bound = state.bound
+    with seeded(0, state.device), torch.no_grad(), quiet():
         discrete = left_out(bound, poutine.trace(bound.guide).get_trace(bound.example))
     if discrete:
         raise Unsupported(
@@ -256,8 +255,8 @@ class Fits(Mapping[Any, Fit]):
         joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
         groups: dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]] = {}
         for (group, name, own), values in zip(dims.names, joined, strict=True):
-            arranged = np.moveaxis(values, 0, 1)[None]  # (chain, draw, over, *dims)
-            groups.setdefault(group, {})[name] = ((*SAMPLED, self.over, *own), arranged)
+            values = np.moveaxis(values, 0, 1)[None]  # (chain, draw, over, *dims)
+            groups.setdefault(group, {})[name] = ((*SAMPLED, self.over, *own), values)
         return self._tree(groups, draws, seed)
 
     def _tree(self, sampled: Mapping[str, Named], draws: int, seed: int) -> xr.DataTree:
@@ -347,36 +346,17 @@ def _drawn(
     with particle_plate(draws, bound.nesting):
         guide = poutine.trace(bound.guide).get_trace(batch)
         model = poutine.trace(poutine.replay(bound.model, trace=guide)).get_trace(batch)
-    values, found = bound.values(batch, model), []
-    for name, dims in template.dims.items():
-        value, shape = values[name], shape_of(template, dims, batch)
-        if value.numel() not in (math.prod(shape), draws * math.prod(shape)):
-            raise TemplateError(
-                f'site "{name}" has shape {tuple(value.shape)} over {draws} draws, which is not '
-                f"(draw, {', '.join(dims)}) = {(draws, *shape)}. Correct dims, or write the model so that it "
-                f"takes leading dims of draws."
-            )
-        found.append(("posterior", name, dims, _arranged(value, draws, shape)))
+    sampled = {"posterior": reported(bound, model, batch, draws)}
     if likely:
-        for name in (n for n in template.observed if n in template.told):
-            node = model.nodes[name]
-            placed = sorted(plates_of(node).items(), key=lambda item: item[1])
-            dims = tuple(p for p, _ in placed if p != "_particle")
-            value = _arranged(log_prob(node, scaled=False), draws, shape_of(template, dims, batch))
-            found.append(("log_likelihood", name, dims, value))
+        sampled["log_likelihood"] = log_likelihood(template, model, batch, draws)
+    found = [(group, name, *own) for group, named in sampled.items() for name, own in named.items()]
     for name, trace in (("lp", model), ("log_q", guide)):
         first, *others = template.row_dims
         total = density(bound, trace, batch, first, rows_only=False)
         for row in others:
             total = total + density(bound, trace, batch, row, rows_only=True)
-        found.append(("sample_stats", name, (), _arranged(total, draws, [])))
+        found.append(("sample_stats", name, (), arranged(total, draws, [])))
     weight = row_weight(bound, guide, model, batch, draws)
     if weight is not None:
         found.append(("sample_stats", "row_log_weight", template.row_dims[:1], weight))
     return found
-
-
-def _arranged(value: Tensor, draws: int, shape: Sequence[int]) -> Tensor:
-    """A site's value over draws as (draw, *shape); constants are repeated."""
-    own = draws if value.numel() == draws * math.prod(shape) else 1
-    return value.reshape(own, *shape).expand(draws, *shape)

@@ -27,7 +27,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from scivi.inference.scores import Placed, by_particle, by_row, log_prob, particle_plate, row_scale
+from scivi.inference.scores import Placed, by_particle, by_row, log_prob, particle_plate, placed, row_scale
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
 from scivi.models.guides import JointNormalGuide
@@ -173,6 +173,11 @@ def summing_nodes(dims: int, per_dim: int) -> int:
     return per_dim if dims < 2 else min(per_dim, 4)
 
 
+def fine_nodes(per_dim: int) -> int:
+    """Nodes per dimension that correct the finish."""
+    return 2 * per_dim + 1
+
+
 def n_nodes(dims: int, per_dim: int) -> int:
     """How many nodes the full marginal takes."""
     return per_dim**dims if dims <= GRID_DIMS else 2 * RANDOM_NODES
@@ -220,31 +225,22 @@ def run_guide(
         if moving or not torch.is_grad_enabled():
             value, log_q = push(fn, site.cut(points))
         else:
-            with torch.no_grad():
-                value = put(
-                    fn, site.cut(points)
-                ).clone()  # a new tensor: the transforms' caches do not know it
+            with torch.no_grad():  # a new tensor: the transforms' caches do not know it
+                value = put(fn, site.cut(points)).clone()
             log_q = fn.log_prob(value)
         density[site.row_dim] = density[site.row_dim] + by_row(log_q, bound.nesting, site.row_axis)
         return value
 
-    with Placed(
-        [*noise, *(fixed or {})], place
-    ):  # the trace records a value before the guide's code sees it detached
+    # the trace records a value before the guide's code sees it detached
+    with Placed([*noise, *(fixed or {})], place):
         trace = poutine.trace(_ShownDetached(bound.template.row_dims)(bound.guide)).get_trace(batch)
     return trace, density
 
 
-def run_model(
-    bound: Bound, batch: Batch, values: Mapping[str, Tensor], *, frozen: bool = False
-) -> poutine.Trace:
-    """Trace of the model with its latents at ``values``; ``frozen``: its parameters get no gradient."""
-
-    def run() -> poutine.Trace:
-        with Placed(values, lambda name, _: values[name]):
-            return poutine.trace(bound.model).get_trace(batch)
-
-    return bound.frozen(run) if frozen else run()
+def run_model(bound: Bound, batch: Batch, values: Mapping[str, Tensor]) -> poutine.Trace:
+    """Trace of the model with its latents at ``values``."""
+    with placed(values):
+        return poutine.trace(bound.model).get_trace(batch)
 
 
 def _rows(trace: poutine.Trace, bound: Bound, batch: Batch, row_dim: str) -> Tensor:
@@ -252,9 +248,8 @@ def _rows(trace: poutine.Trace, bound: Bound, batch: Batch, row_dim: str) -> Ten
     out = torch.zeros(())
     for _, site in sample_sites(trace):
         if row_dim_of(site, bound.template.row_dims) == row_dim:
-            out = out + by_row(log_prob(site), bound.nesting, plates_of(site)[row_dim]) / row_scale(
-                batch, row_dim
-            )
+            own = by_row(log_prob(site), bound.nesting, plates_of(site)[row_dim])
+            out = out + own / row_scale(batch, row_dim)
     return out
 
 
@@ -337,9 +332,8 @@ def log_marginal(
     points, log_w = nodes(plan.dims, per_dim, theta, n_random=2 * RANDOM_NODES)
     with torch.no_grad():
         guide, density = run_guide(bound, batch, plan, points, fixed={module.name: theta})
-    model = run_model(
-        bound, batch, {**latent_values(guide), **latent_values(_population(module, theta, batch))}
-    )
+    values = latent_values(guide) | latent_values(_population(module, theta, batch))
+    model = run_model(bound, batch, values)
     out = theta.new_zeros(())
     for row_dim in plan.row_dims:
         weight = _rows(model, bound, batch, row_dim) - density[row_dim]
@@ -350,7 +344,7 @@ def log_marginal(
 def log_prior(bound: Bound, module: JointNormalGuide, theta: Tensor, batch: Batch) -> Tensor:
     """Log prior density of the globals at unbounded ``theta`` (D,), with observed sites of no row."""
     population = _population(module, theta, batch)
-    with torch.no_grad(), Placed([module.name], lambda _name, _fn: theta):
+    with torch.no_grad(), placed({module.name: theta}):
         local = latent_values(poutine.trace(bound.guide).get_trace(batch))
     model = run_model(bound, batch, {**local, **latent_values(population)})
     out = sum(_globals(model, bound).values()) - sum(_globals(population, bound, skip=module.name).values())
@@ -375,14 +369,24 @@ def log_joint(bound: Bound, module: JointNormalGuide, theta: Tensor, batches: Se
             population = _population(module, at, batch)
             model = run_model(bound, batch, latent_values(population))
         total = total + sum(_rows(model, bound, batch, row).sum(1).expand(n) for row in rows)
-        for sign, trace in ((1, model), (-1, population)) if number == 0 else ():  # globals count once
-            for name, site in sample_sites(trace):
-                if name != module.name and row_dim_of(site, rows) is None:
-                    total = total + sign * by_particle(log_prob(site), nesting).expand(n).double()
+        if number == 0:  # globals count once
+            total = with_globals(total, bound, module, model, population)
+    return total
+
+
+def with_globals(
+    total: Tensor, bound: Bound, module: JointNormalGuide, model: poutine.Trace, population: poutine.Trace
+) -> Tensor:
+    """Log densities (point,) with those that the traces have of no row: the model's less the guide's."""
+    for sign, trace in ((1, model), (-1, population)):
+        for name, site in sample_sites(trace):
+            if name != module.name and row_dim_of(site, bound.template.row_dims) is None:
+                own = by_particle(log_prob(site), bound.nesting)
+                total = total + sign * own.expand(len(total)).double()
     return total
 
 
 def _population(module: JointNormalGuide, theta: Tensor, batch: Batch) -> poutine.Trace:
     """The global sites at ``theta``."""
-    with Placed([module.name], lambda _name, _fn: theta):
+    with placed({module.name: theta}):
         return poutine.trace(module).get_trace(batch)

@@ -13,6 +13,7 @@ from scivi.errors import Unsupported
 from scivi.inference.marginal import (
     GRID_DIMS,
     Layout,
+    fine_nodes,
     global_module,
     layout,
     log_marginal,
@@ -111,12 +112,8 @@ def newton_finish(
     theta, value, covariance, node_error = _refine(hill, top, per_dim, fine)
     evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
     loc, covariance = theta.to(module.loc), covariance.to(module.loc)
-    nodes = _fine(per_dim) if fine else top.nodes
+    nodes = fine_nodes(per_dim) if fine else top.nodes
     return Newton(loc, covariance, top.step_sd, top.taken, nodes, node_error, evidence)
-
-
-def _fine(per_dim: int) -> int:
-    return 2 * per_dim + 1
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,8 @@ def _climb(hill: _Hill, nodes: int, max_steps: int, tolerance: float) -> _Top:
         step_sd = float((step / sd).abs().max())
         if step_sd < tolerance:  # a step this small is taken afterwards, with the fine nodes'
             break
-        length, enough = min(1.0, float(_FARTHEST / step.abs().max())), value - _rounding(value, loc)
+        length = min(1.0, float(_FARTHEST / step.abs().max()))
+        enough = value - 10 * abs(float(value)) * torch.finfo(loc.dtype).eps  # less its rounding
         while True:
             ahead = hill.posterior(theta + length * step, nodes)
             if ahead[0] >= enough or length <= 1e-4:  # NaN is not enough
@@ -211,7 +209,9 @@ def _refine(hill: _Hill, top: _Top, per_dim: int, fine: bool) -> tuple[Tensor, T
     for _ in range(_MOST_ROUNDS):
         sd = covariance.diagonal().sqrt()
         if fine:
-            (v_fine, s_fine), (v, s) = (hill.sloped(theta, rows.some, n) for n in (_fine(per_dim), coarse))
+            (v_fine, s_fine), (v, s) = (
+                hill.sloped(theta, rows.some, n) for n in (fine_nodes(per_dim), coarse)
+            )
             value, difference = value + rows.weight * (v_fine - v), rows.weight * (s_fine - s)
         correction = float((covariance @ difference / sd).abs().max())
         node_error = correction if fine and math.isnan(node_error) else node_error
@@ -253,11 +253,6 @@ def differentiate(
             rows = [torch.autograd.grad(own[i], at, retain_graph=True)[0] for i in range(len(theta))]
             bend = bend + torch.stack(rows).detach()
     return value, slope, bend
-
-
-def _rounding(value: Tensor, like: Tensor) -> float:
-    """Rounding error to be expected of a log density of this size."""
-    return 10 * abs(float(value)) * torch.finfo(like.dtype).eps
 
 
 def _positive(matrix: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ from scivi.errors import PlanError, TemplateError, few, listed
 from scivi.inference.capture import Function
 from scivi.inference.chains import STATS, Chain, Length, chosen, nutpie_chain, nutpie_chains, pyro_chain
 from scivi.inference.draws import check_rows
-from scivi.inference.gather import AT_ONCE, log_likelihood, prior_draws, reported
+from scivi.inference.gather import AT_ONCE, Sampled, log_likelihood, prior_draws, reported
 from scivi.inference.opening import EXAMPLE_ROWS, open_data
 from scivi.inference.potential import Potential, Whitened, fast, model_at, potential, together
 from scivi.inference.scores import by_particle, log_prob, quiet
 from scivi.inference.state import Fit, freeze, versions
-from scivi.inference.trees import dataset, judged, save_tree, tree, units_of
+from scivi.inference.trees import data_groups, dataset, judged, labels_of, save_tree, tree, units_of
 from scivi.inputs.batches import Batch, chunks
 from scivi.inputs.subset import Subset, evenly
 from scivi.models.binding import Bound, bind, seeded, stream_seed
@@ -296,8 +296,8 @@ def _rerun(bound: Bound, batch: Batch, values: Mapping[str, Tensor], total: int)
         density = [by_particle(log_prob(s), bound.nesting).expand(n) for _, s in sample_sites(model)]
         joint.append(torch.stack([d.double() for d in density]).sum(0).numpy())
 
-    def joined(parts: list[dict[str, tuple[tuple[str, ...], np.ndarray]]]) -> Any:
-        return {n: (dims, np.concatenate([p[n][1] for p in parts])) for n, (dims, _) in parts[0].items()}
+    def joined(parts: list[Sampled]) -> Any:
+        return {n: (dims, torch.cat([p[n][1] for p in parts]).numpy()) for n, (dims, _) in parts[0].items()}
 
     return _Rerun(joined(found), joined(likelihood), np.concatenate(joint))
 
@@ -311,9 +311,7 @@ def _groups(
     seed: int,
 ) -> dict[str, xr.Dataset]:
     template = bound.template
-    sizes, units = template.all_sizes(source.sizes), units_of(template)
-    coords: dict[str, Any] = {d: template.coords.get(d, np.arange(n)) for d, n in sizes.items()}
-    coords |= {d: np.asarray(source.coords[d]) for d in source.sizes if d not in template.coords}
+    units, coords = units_of(template), labels_of(template, source, *shape)
 
     def sampled(values: np.ndarray) -> np.ndarray:
         return values.reshape(*shape, *values.shape[1:])
@@ -323,14 +321,11 @@ def _groups(
     groups["prior"] = prior_draws(bound, shape[1], seed, coords, units)
     likelihood = {n: (dims, sampled(v)) for n, (dims, v) in found.likelihood.items()}
     groups["log_likelihood"] = dataset(likelihood, coords, dict.fromkeys(likelihood, "nat"), sampled=True)
-    table = source.read({})
-    for group, role in (("observed_data", "observed"), ("constant_data", "given")):
-        named = {n: (f.dims, table[n]) for n, f in template.told.items() if f.role == role}
+    for group, named in data_groups(template.told, source, {}).items():
         groups[group] = dataset(named, coords, units, sampled=False)
     named = {"lp": ((), sampled(found.log_joint))}
     whole = {"diverging": bool, "n_steps": int, "tree_depth": int}
-    rate = stats["acceptance_rate"].clip(0.0, 1.0)  # a mean, with its rounding
-    stats = {**stats, "acceptance_rate": rate}
+    stats = {**stats, "acceptance_rate": stats["acceptance_rate"].clip(0.0, 1.0)}  # a mean, with its rounding
     named |= {n: ((), values.astype(whole.get(n, float))) for n, values in stats.items()}
     groups["sample_stats"] = dataset(named, coords, {"lp": "nat", "energy": "nat"}, sampled=True)
     return groups
@@ -348,8 +343,11 @@ def _provenance(
     warmup: int,
 ) -> dict[str, Any]:
     template = bound.template
-    row = template.row_dims[0]
     chains, draws = (groups["posterior"].sizes[d] for d in ("chain", "draw"))
+    subset = None
+    if source is not whole:
+        row = template.row_dims[0]
+        subset = {"dim": row, "taken": source.sizes[row], "of": whole.sizes[row]}
     return {
         "template": template.name,
         "prior": template.prior_numbers(),
@@ -360,9 +358,7 @@ def _provenance(
             "sizes": dict(source.sizes),
             "rows": list(template.row_dims),
         },
-        "subset": {"dim": row, "taken": source.sizes[row], "of": whole.sizes[row]}
-        if source is not whole
-        else None,
+        "subset": subset,
         "method": "nuts",
         "backend": told["name"],
         "sampler": {name: value for name, value in told.items() if name != "name"},

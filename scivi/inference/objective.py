@@ -25,6 +25,7 @@ from scivi.inference import marginal
 from scivi.inference.discrete import summed_out
 from scivi.inference.plan import Plan
 from scivi.inference.scores import (
+    Placed,
     Scores,
     by_particle,
     by_row,
@@ -111,10 +112,7 @@ def prepare(bound: Bound, batch: Batch, plan: Plan) -> Objective:
     if plan.estimator not in ("auto", "marginal"):
         return Objective(bound, plan, plan.estimator, marginal.Layout())
     some = next(iter(batch.values.values()))
-    with (
-        seeded(0, some.device),
-        torch.no_grad(),
-    ):  # a look at the guide: it leaves the random stream as it was
+    with seeded(0, some.device), torch.no_grad():  # a look at the guide leaves the random stream as it was
         found = marginal.layout(bound, batch)
         given = poutine.trace(bound.guide).get_trace(batch).nodes.keys()
     if found.refusal is None:
@@ -227,10 +225,10 @@ def _importance_weighted(bound: Bound, batch: Batch, particles: int, n: int, bet
         shape = [1] * (bound.nesting + 1 - len(shape)) + shape
         return fn.expand([particles, *shape[1:]])()
 
-    pair = run_pair(bound, batch, place=dict.fromkeys(local, repeated))
+    pair = run_pair(bound, batch, drawn=Placed(local, repeated))
     scores = score(bound, pair)
     parts: dict[str, Tensor] = {"importance_weighted": torch.zeros(())}
-    for row_dim in {r for r in scores.row_of.values() if r is not None}:
+    for row_dim in (r for r in bound.template.row_dims if r in scores.row_of.values()):
         scale = row_scale(batch, row_dim)
         weight = scores.local_rows("model", row_dim, scale) - scores.local_rows("guide", row_dim, scale)
         weight = torch.as_tensor(weight).expand(particles, -1)
@@ -244,8 +242,9 @@ def _importance_weighted(bound: Bound, batch: Batch, particles: int, n: int, bet
 def _enumerated(bound: Bound, batch: Batch, particles: int, n: int, beta: float | Tensor) -> Value:
     """Discrete latents that the guide leaves out are summed exactly."""
     allowed = {s.name for s in bound.sites if s.discrete}
+    template = replace(bound.template, model=config_enumerate(bound.template.model, default="parallel"))
     with EnumMessenger(first_available_dim=-1 - bound.nesting - (particles > 1)):
-        pair = run_pair(_enumerating(bound), batch, particles=particles, allow=allowed)
+        pair = run_pair(replace(bound, template=template), batch, particles=particles, allow=allowed)
     rough = sorted(name for name, site in sample_sites(pair.guide) if not site["fn"].has_rsample)
     if rough:
         raise Unsupported(
@@ -266,9 +265,3 @@ def _enumerated(bound: Bound, batch: Batch, particles: int, n: int, beta: float 
     if summed.terms:
         observed["enumerated"] = summed.scale * torch.stack([t.sum() for t in summed.terms]).sum() / particles
     return _value(observed, latent, n, beta)
-
-
-def _enumerating(bound: Bound) -> Bound:
-    """The same pair with every discrete latent of the model marked for parallel enumeration."""
-    template = replace(bound.template, model=config_enumerate(bound.template.model, default="parallel"))
-    return replace(bound, template=template)

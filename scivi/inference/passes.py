@@ -37,7 +37,7 @@ class Passes:
         self.layout = marginal.layout(bound, bound.example)
         self.work, self.asked = work, plan.compile == "on"
         self.wanted = self.asked or (plan.compile == "auto" and work >= MANY)
-        self.names = [n for n, _ in bound.nets.named_parameters()]
+        self.names = [n for n, _ in (*bound.nets.named_parameters(), *bound.nets.named_buffers())]
         self.own = [p.detach() for p in bound.nets.parameters()] + [*bound.nets.buffers()]
         self.form: dict[int, tuple[object, ...]] = {}  # of the chunks that are compiled, by nodes
         self.ready: dict[int, Function] = {}  # those that agreed with the eager pass of this fit
@@ -91,11 +91,11 @@ class Passes:
         arguments = [at, *self.own, *form.tensors]
         if key in memo and self._agrees(memo[key], arguments, form.like, per_dim):
             return memo[key]
-        names = [*self.names, *(n for n, _ in self.bound.nets.named_buffers())]
 
         def function(at: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-            batch, index = form.filled(tensors[len(names) :])
-            held = dict(zip(names, tensors[: len(names)], strict=True))
+            n = len(self.names)
+            batch, index = form.filled(tensors[n:])
+            held = dict(zip(self.names, tensors[:n], strict=True))
             some = replace(batch, index=index)
             return self.bound.holding(held, lambda: self._eager(at, some, per_dim))
 

@@ -7,14 +7,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from scivi import shown
 from scivi.errors import PlanError, listed
-
-Estimator = Literal["auto", "trace", "analytic", "stl", "enumerate", "iwae", "marginal"]
-Schedule = Literal["constant", "warmup-stable-decay"]
-Compile = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +87,12 @@ class Plan:
     grow_below: float = 0.05
     lr: float = 5e-3
     optimiser: Literal["adam", "sgd"] = "adam"
-    schedule: Schedule = "warmup-stable-decay"
+    schedule: Literal["constant", "warmup-stable-decay"] = "warmup-stable-decay"
     warmup: float = 0.02
     decay: float = 0.3
     clip: float | None = 10.0
     particles: int = 1
-    estimator: Estimator = "auto"
+    estimator: Literal["auto", "trace", "analytic", "stl", "enumerate", "iwae", "marginal"] = "auto"
     nodes: int = 7
     newton: bool = True
     kl_warmup: int = 0
@@ -104,7 +100,7 @@ class Plan:
     beta: float = 1.0
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "cpu"
-    compile: Compile = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
     seed: int = 0
     log_every: int = 50
     save_every_s: float = 60.0
@@ -162,10 +158,7 @@ class Plan:
         if unknown:
             names = ", ".join(repr(name) for name in unknown)
             raise PlanError(f"a plan has no {names}. It has: {', '.join(sorted(known))}.")
-        words = {"none", "all"}
-        plain: dict[str, Any] = {
-            k: None if isinstance(v, str) and v in words else v for k, v in table.items()
-        }
+        plain: dict[str, Any] = {k: None if v in ("none", "all") else v for k, v in table.items()}
         return cls(**plain)
 
     @classmethod
@@ -193,11 +186,11 @@ def _faults_of_numbers(plan: Plan) -> list[str]:
     faults = []
     for name, low in least.items():
         value = getattr(plan, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        if not _is_whole(value, low):
             faults.append(f"{name} = {value!r}; it must be a whole number of at least {low}")
     for name in ("rows_per_batch", "rows_per_batch_max"):
         value = getattr(plan, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if value is not None and not _is_whole(value, 1):
             faults.append(f"{name} = {value!r}; it must be a whole number of at least 1, or None")
     for name in ("lr", "save_every_s", "beta", "clip"):
         value = getattr(plan, name)
@@ -210,22 +203,20 @@ def _faults_of_numbers(plan: Plan) -> list[str]:
     return faults
 
 
+def _is_whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _faults_of_choices(plan: Plan) -> list[str]:
-    choices = {
-        "estimator": get_args(Estimator),
-        "schedule": get_args(Schedule),
-        "optimiser": ("adam", "sgd"),
-        "dtype": ("float32", "float64"),
-        "compile": get_args(Compile),
-    }
+    hints = get_type_hints(Plan)
     faults = [
-        f"{name} = {getattr(plan, name)!r}; it must be one of {', '.join(map(repr, allowed))}"
-        for name, allowed in choices.items()
-        if getattr(plan, name) not in allowed
+        f"{name} = {getattr(plan, name)!r}; it must be one of {', '.join(map(repr, get_args(hints[name])))}"
+        for name in ("estimator", "schedule", "optimiser", "dtype", "compile")
+        if getattr(plan, name) not in get_args(hints[name])
     ]
     if plan.estimator == "iwae" and plan.particles < 2:
         faults.append('estimator = "iwae" needs particles >= 2 (5 to 50 are usual)')

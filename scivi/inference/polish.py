@@ -27,11 +27,10 @@ from scivi.inference.gather import ENTRIES_AT_ONCE
 from scivi.inference.importance import truncated
 from scivi.inference.newton import Rows
 from scivi.inference.potential import NUMBERS_AT_ONCE
-from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate
+from scivi.inference.scores import particle_plate, placed
 from scivi.inference.stepper import CLOSE, Form, kind
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound
-from scivi.models.sites import row_dim_of, sample_sites
 
 # Degrees of freedom of the proposals: tails heavier than the target's keep weights bounded (our choice).
 FREEDOM = 6.0
@@ -91,17 +90,15 @@ def polish(
             new = proposal.sample(torch.Size([draws]))
             points, proposals = torch.cat([points, new]), [*proposals, proposal]
             density = torch.cat([density, posteriors(new.to(module.loc))])
-            mixture = torch.logsumexp(torch.stack([p.log_prob(points) for p in proposals]), 0) - math.log(
-                len(proposals)
-            )
-            weight = truncated(density - mixture)
+            mixed = torch.logsumexp(torch.stack([p.log_prob(points) for p in proposals]), 0)
+            log_weight = density - (mixed - math.log(len(proposals)))
+            weight = truncated(log_weight)
             ess = float(1 / weight.square().sum())
             mean = weight @ points
             away = points - mean
             # As many effective draws as a covariance has numbers: a half.
             share = ess / (ess + 0.5 * dims * dims)
             covariance = share * (away.mT * weight) @ away + (1 - share) * starting
-        log_weight = density - mixture
         told = tuple(round(w, 4) for w in (log_weight - log_weight.max()).clamp_min(-100.0).tolist())
     return Polished(mean.to(module.loc), covariance.to(module.loc), ess, told, points)
 
@@ -116,11 +113,9 @@ def _posteriors(
     batches = list(rows.all(per_dim))
     entries = sum(v.numel() for b in batches for v in b.values.values())
     if not plan.sites and entries < ENTRIES_AT_ONCE:
+        blocks = ENTRIES_AT_ONCE // entries
         return lambda theta: torch.cat(
-            [
-                marginal.log_joint(bound, module, some, batches)
-                for some in theta.split(ENTRIES_AT_ONCE // entries)
-            ]
+            [marginal.log_joint(bound, module, some, batches) for some in theta.split(blocks)]
         )
 
     sums = [_sum(bound, module, batch, plan, per_dim) for batch in batches]
@@ -176,15 +171,11 @@ def _sum(
 
 def _log_priors(bound: Bound, module: marginal.JointNormalGuide, theta: Tensor) -> Tensor:
     """``marginal.log_prior`` of several points (point, D), all at once, (point,)."""
-    n, nesting, rows = len(theta), bound.nesting, bound.template.row_dims
-    at, total = theta.reshape(n, *[1] * nesting, -1), torch.zeros(n).double().to(theta.device)
+    n, nesting = len(theta), bound.nesting
     with particle_plate(n, nesting):
-        with Placed([module.name], lambda _name, _fn: at):
+        with placed({module.name: theta.reshape(n, *[1] * nesting, -1)}):
             guide = poutine.trace(bound.guide).get_trace(bound.example)
             population = poutine.trace(module).get_trace(bound.example)
         model = marginal.run_model(bound, bound.example, marginal.latent_values(guide))
-    for sign, trace in ((1, model), (-1, population)):
-        for name, site in sample_sites(trace):
-            if name != module.name and row_dim_of(site, rows) is None:
-                total = total + sign * by_particle(log_prob(site), nesting).expand(n).double()
-    return total
+    total = torch.zeros(n).double().to(theta.device)
+    return marginal.with_globals(total, bound, module, model, population)

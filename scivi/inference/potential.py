@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scivi.errors import FitError, Unsupported
 from scivi.inference.capture import Function, captured, compiled, first_of, largest_of, stacked
-from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate
+from scivi.inference.scores import by_particle, log_prob, particle_plate, placed
 from scivi.inputs.batches import Batch, chunks
 from scivi.models.binding import Bound, bind
 from scivi.models.sites import sample_sites, value_of
@@ -63,6 +63,15 @@ class Potential:
     def values(self, flat: Tensor) -> dict[str, Tensor]:
         """Latents by name on their supports, from (draw, n)."""
         return {name: self.transforms[name].inv(z) for name, z in self.split(flat).items()}
+
+    def values_and_jacobian(self, flat: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """``values`` of (draw, n), and log |det dT/dx|, (draw,)."""
+        values, total = {}, flat.new_zeros(len(flat))
+        for name, z in self.split(flat).items():
+            back = self.transforms[name].inv
+            values[name] = back(z)
+            total = total + back.log_abs_det_jacobian(z, values[name]).reshape(len(flat), -1).sum(1)
+        return values, total
 
     def joined(self, named: Mapping[str, Tensor]) -> Tensor:
         """One flat vector (n,) from latents by name on the unbounded scale."""
@@ -179,9 +188,8 @@ def _same(function: Function, density: Potential) -> Function:
     """
     point = density.first * 0.9 + 0.01
     for ours, theirs in zip(function(point), density.density(point), strict=True):
-        if not torch.allclose(
-            ours, theirs, rtol=1e-8, atol=1e-8, equal_nan=True
-        ):  # float64, thousands of terms
+        # float64, thousands of terms
+        if not torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8, equal_nan=True):
             raise Unsupported("the captured density differs from the model's")
     return function
 
@@ -191,11 +199,7 @@ def together(bound: Bound, batch: Batch, density: Potential) -> Callable[..., An
 
     def many(points: Tensor) -> tuple[Tensor, Tensor]:
         leaf, n = points.detach().requires_grad_(True), len(points)
-        total, values = leaf.new_zeros(n), {}
-        for name, z in density.split(leaf).items():
-            back = density.transforms[name].inv
-            values[name] = back(z)
-            total = total + back.log_abs_det_jacobian(z, values[name]).reshape(n, -1).sum(1)
+        values, total = density.values_and_jacobian(leaf)
         model = model_at(bound, batch, values, n)
         for _, site in sample_sites(model):
             total = total + by_particle(log_prob(site), bound.nesting).expand(n)
@@ -207,14 +211,10 @@ def together(bound: Bound, batch: Batch, density: Potential) -> Callable[..., An
 
 def model_at(bound: Bound, batch: Batch, values: Mapping[str, Tensor], n: int) -> poutine.Trace:
     """The model with each latent's draws left of all plates; discrete ones that were summed are drawn."""
-    event_dims = {s.name: s.event_dim for s in bound.sites}
-    placed = {}
-    for name, value in values.items():
-        pad = (1,) * (bound.nesting - (value.dim() - 1 - event_dims[name]))
-        placed[name] = value.reshape(n, *pad, *value.shape[1:]) if n > 1 else value[0]
+    own = left_of_plates(bound, values) if n > 1 else {name: value[0] for name, value in values.items()}
 
     def model(batch: Batch) -> None:
-        with particle_plate(n, bound.nesting), Placed(placed, lambda name, _: placed[name]):
+        with particle_plate(n, bound.nesting), placed(own):
             bound.model(batch)
 
     run: Callable[..., Any] = model
@@ -222,6 +222,16 @@ def model_at(bound: Bound, batch: Batch, values: Mapping[str, Tensor], n: int) -
         # a plate of draws outside of this handler would be hidden from it
         run = infer_discrete(config_enumerate(model, "parallel"), first_available_dim=-2 - bound.nesting)
     return poutine.trace(run).get_trace(batch)
+
+
+def left_of_plates(bound: Bound, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Latents by name, (draw, ...), with the draws left of all plates."""
+    event_dims = {s.name: s.event_dim for s in bound.sites}
+    found = {}
+    for name, value in values.items():
+        pad = (1,) * (bound.nesting - (value.dim() - 1 - event_dims[name]))
+        found[name] = value.reshape(len(value), *pad, *value.shape[1:])
+    return found
 
 
 def refuse_unless_singular(error: RuntimeError) -> None:
@@ -276,22 +286,22 @@ def whole(template: Template, source: Any, seed: int, *, eager: bool = True) -> 
     batch = next(chunks(source, template.fields, template.row_dims, n, cpu, torch.float64))
     pair = bind(template, batch, seed)
     density = potential(pair, batch)
-    if not eager:
-        captured(lambda x: density.density(x), [density.first])
-    return Whole(pair, batch, density, *many(pair, batch, density))
+    return Whole(pair, batch, density, *many(pair, batch, density, eager))
 
 
 def many(
-    bound: Bound, batch: Batch, density: Potential
+    bound: Bound, batch: Batch, density: Potential, eager: bool
 ) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor], Tensor]]:
     """Density and gradient of many points at once, (point, n) to (point,) and (point, n); and density alone.
 
-    Captured and stacked where that can be had. Minus infinity and no gradient where a matrix cannot be
-    factored.
+    Captured and stacked where that can be had; else refused unless ``eager``. Minus infinity and no gradient
+    where a matrix cannot be factored.
     """
     try:
         graph = captured(lambda x: density.density(x), [density.first])
     except Unsupported:
+        if not eager:
+            raise
         entries = sum(value.numel() for value in batch.values.values())
         both = _safe(density.density, together(bound, batch, density), entries)
         return both, lambda points: both(points)[0]

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,15 +183,14 @@ def _watched(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:
             end = time.monotonic() + GRACE_S
         failed += new
         if time.monotonic() > end:
-            _end(child for child in children if child.poll() is None)
+            _end([child for child in children if child.poll() is None])
             return failed
         time.sleep(POLL_S)
     return failed + [k for k, child in enumerate(children) if child.returncode and k not in failed]
 
 
-def _end(children: Iterable[subprocess.Popen[bytes]]) -> None:
+def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
     """Ask processes to end; make those that do not."""
-    children = list(children)
     for child in children:
         child.terminate()
     for child in children:

@@ -19,8 +19,8 @@ from torch import Tensor
 from scivi.errors import FitError, Unsupported
 from scivi.inference.importance import pareto_k, truncated
 from scivi.inference.modes import Density, modes
-from scivi.inference.potential import Potential, whole
-from scivi.inference.scores import Placed, by_particle, log_prob, particle_plate, quiet
+from scivi.inference.potential import Potential, left_of_plates, whole
+from scivi.inference.scores import by_particle, log_prob, particle_plate, placed, quiet
 from scivi.inputs.batches import Batch, read_batch
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.guides import JointGuide
@@ -150,18 +150,10 @@ class _Guide:
         if isinstance(guide, JointGuide):
             flat = points[:, order(self.density, guide)].to(some)
             return guide.distribution().log_prob(flat).double().cpu()
-        n, total, placed = len(points), torch.zeros(len(points)).double(), {}
-        for name, z in self.density.split(points).items():
-            back = self.density.transforms[name].inv
-            value = back(z)
-            total = total + back.log_abs_det_jacobian(z, value).reshape(n, -1).sum(1)
-            pad = (1,) * (self.bound.nesting - (value.dim() - 1 - self._event(name)))
-            placed[name] = value.reshape(n, *pad, *value.shape[1:]).to(some)
-        with particle_plate(n, self.bound.nesting), Placed(placed, lambda name, _: placed[name]):
+        n, (values, total) = len(points), self.density.values_and_jacobian(points)
+        values = {name: value.to(some) for name, value in left_of_plates(self.bound, values).items()}
+        with particle_plate(n, self.bound.nesting), placed(values):
             trace = poutine.trace(self.bound.guide).get_trace(self.batch)
         for _, site in sample_sites(trace):
             total = total + by_particle(log_prob(site), self.bound.nesting).expand(n).double().cpu()
         return total
-
-    def _event(self, name: str) -> int:
-        return next(s.event_dim for s in self.bound.sites if s.name == name)

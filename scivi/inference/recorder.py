@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -68,25 +68,20 @@ class Guarded:
 
     def write(self, entry: Mapping[str, float]) -> None:
         """Pass an entry on."""
-        if self._recorder is None:
-            return
-        try:
-            self._recorder.write(entry)
-        except (OSError, RuntimeError, ValueError) as error:
-            self._failed(error)
+        self._try(lambda recorder: recorder.write(entry))
 
     def close(self) -> None:
         """Pass it on; the fit has its result, so that this too may fail."""
+        self._try(lambda recorder: recorder.close())
+
+    def _try(self, tell: Callable[[Recorder], None]) -> None:
         if self._recorder is None:
             return
         try:
-            self._recorder.close()
+            tell(self._recorder)
         except (OSError, RuntimeError, ValueError) as error:
-            self._failed(error)
-
-    def _failed(self, error: Exception) -> None:
-        name, self._recorder = type(self._recorder).__name__, None
-        warnings.warn(f"the recorder {name} failed ({error}); the fit goes on without it.", stacklevel=3)
+            name, self._recorder = type(self._recorder).__name__, None
+            warnings.warn(f"the recorder {name} failed ({error}); the fit goes on without it.", stacklevel=3)
 
 
 class Several:
@@ -116,8 +111,5 @@ def recorder_for(
         record: a file for JSON lines, a recorder, several of these, or None.
         history: of a fit that goes on, with which its files begin; None of one that begins.
     """
-    if record is None:
-        wanted = []
-    else:
-        wanted = [record] if isinstance(record, str | Path | Recorder) else [*record]
+    wanted = [record] if isinstance(record, str | Path | Recorder) else record or []
     return Several(*[JsonLines(r, history) if isinstance(r, str | Path) else r for r in wanted])

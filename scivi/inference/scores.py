@@ -33,6 +33,11 @@ class Placed(Messenger):
             msg["value"], msg["done"] = self.place(msg["name"], msg["fn"]), True
 
 
+def placed(values: Mapping[str, Tensor]) -> Placed:
+    """Sites take these values, by name."""
+    return Placed(values, lambda name, _: values[name])
+
+
 @dataclass(frozen=True)
 class Pair:
     """Traces of guide and model on the same values."""
@@ -54,13 +59,7 @@ def particle_plate(particles: int, nesting: int) -> Any:
 
 
 def run_pair(
-    bound: Bound,
-    batch: Batch,
-    *,
-    particles: int = 1,
-    place: Mapping[str, Place] | None = None,
-    allow: Iterable[str] = (),
-    frozen_model: bool = False,
+    bound: Bound, batch: Batch, *, particles: int = 1, drawn: Placed | None = None, allow: Iterable[str] = ()
 ) -> Pair:
     """Run the guide, then the model on the guide's values.
 
@@ -68,26 +67,16 @@ def run_pair(
         bound: the pair.
         batch: the rows.
         particles: independent repeats, vectorised in a plate left of all others.
-        place: guide sites that take a given value, by name.
+        drawn: guide sites that are drawn otherwise than by their distribution.
         allow: latents of the model that the guide may leave out.
-        frozen_model: let no gradient reach the parameters through the model.
 
     Raises:
         TemplateError: the guide leaves out a latent of the model.
     """
-
-    def placed(name: str, fn: Any) -> Tensor:
-        assert place is not None
-        return place[name](name, fn)
-
     with particle_plate(particles, bound.nesting):
-        with Placed(place, placed) if place else ExitStack():
+        with drawn or ExitStack():
             guide = poutine.trace(bound.guide).get_trace(batch)
-
-        def run_model() -> poutine.Trace:
-            return poutine.trace(poutine.replay(bound.model, trace=guide)).get_trace(batch)
-
-        model = bound.frozen(run_model) if frozen_model else run_model()
+        model = poutine.trace(poutine.replay(bound.model, trace=guide)).get_trace(batch)
     missing = [
         n for n, s in sample_sites(model) if not s["is_observed"] and n not in guide.nodes and n not in allow
     ]
@@ -147,7 +136,6 @@ class Scores:
         observed: sites of the model that the data score.
         row_of: by site, its row dim or None.
         nesting: dims taken by plates.
-        rows: the minibatched dims.
     """
 
     pair: Pair
@@ -169,14 +157,6 @@ class Scores:
 
     def _sum(self, side: dict[str, Tensor], name: str) -> Tensor | float:
         return by_particle(side[name], self.nesting) if name in side else 0.0
-
-    def total(self, side: str, *, local: bool) -> Tensor | float:
-        """Sum of the global sites' (or the local sites') log densities of one side, (particles,)."""
-        values: dict[str, Tensor] = getattr(self, side)
-        chosen = [
-            by_particle(v, self.nesting) for n, v in values.items() if (self.row_of[n] is not None) == local
-        ]
-        return sum(chosen) if chosen else 0.0
 
     def local_rows(self, side: str, row_dim: str, scale: float) -> Tensor | float:
         """Log densities of the sites in a row dim, unscaled, (particles or 1, rows)."""
@@ -208,7 +188,7 @@ def row_scale(batch: Batch, row_dim: str) -> float:
 
 
 def local_guide_sites(bound: Bound, batch: Batch) -> dict[str, Any]:
-    """Distribution of each local site of the guide, by name, from one run without gradients.
+    """Local sites of the guide, by name, from one run without gradients.
 
     Raises:
         Unsupported: a local site stands in two row dims.

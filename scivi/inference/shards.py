@@ -12,7 +12,7 @@ import xarray as xr
 
 from scivi.files import opened
 from scivi.inference.team import Team, team
-from scivi.inference.trees import ZARR, Named, Pieces, dataset
+from scivi.inference.trees import IN_PARTS, ZARR, Named, Pieces, dataset
 
 
 def collector(
@@ -67,8 +67,7 @@ class Shards:
             local = {name: v for name, v in named.items() if row in v[0]}
             if local:
                 piece = dataset(local, {}, {}, sampled=False)
-                how: dict[str, Any] = {"consolidated": False, "zarr_format": ZARR}
-                piece.to_zarr(self.pieces.store, group=group, mode="r+", region={row: rows}, **how)
+                piece.to_zarr(self.pieces.store, group=group, mode="r+", region={row: rows}, **IN_PARTS)
 
     def tree(self, whole: Mapping[str, xr.Dataset], provenance: Mapping[str, object]) -> xr.DataTree:
         """All that came from all processes, read lazily."""
@@ -95,4 +94,4 @@ class Shards:
                 dims: Any = array.attrs["_ARRAY_DIMENSIONS"]
                 array.resize([len(labels) if d == row else n for d, n in zip(dims, array.shape, strict=True)])
             named = xr.Dataset(coords={row: labels})
-            named.to_zarr(self.pieces.store, group=group, mode="a", consolidated=False, zarr_format=ZARR)
+            named.to_zarr(self.pieces.store, group=group, mode="a", **IN_PARTS)

@@ -66,16 +66,8 @@ def simulate(
 def _blank(template: Template, sizes: Mapping[str, int], source: Any) -> Batch:
     """A batch of feasible values, or of the given fields of a table."""
     if source is not None:
-        return next(
-            chunks(
-                source,
-                template.fields,
-                template.row_dims,
-                max(source.sizes.values()),
-                torch.device("cpu"),
-                torch.float32,
-            )
-        )
+        most, cpu = max(source.sizes.values()), torch.device("cpu")
+        return next(chunks(source, template.fields, template.row_dims, most, cpu, torch.float32))
     sizes = template.all_sizes(sizes)
     absent = sorted({d for f in template.fields.values() for d in f.dims} - set(sizes))
     if absent:

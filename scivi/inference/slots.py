@@ -246,9 +246,8 @@ class Slots:
         while (run.at >= 0).any():
             due = self._advance(run)
             sums = run.window[self._on(due)].cpu().numpy()
-            fine = np.isfinite(sums[:, [self.names.index(name) for name in ("objective", "grad_norm")]]).all(
-                1
-            )
+            looked_at = [self.names.index(name) for name in ("objective", "grad_norm")]
+            fine = np.isfinite(sums[:, looked_at]).all(1)
             self._go_back(run, due[~fine])
             self._log(run.at[due[fine]], sums[fine])
             self._keep(run, due[fine])

@@ -99,10 +99,15 @@ class State:
         """Whether there is anything to learn."""
         return any(p.requires_grad for p in self.bound.nets.parameters())
 
+    @property
+    def device(self) -> torch.device:
+        """Where steps are taken."""
+        return next(iter(self.bound.example.values.values())).device
+
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """Run on the state's own random stream; the process's is put back afterwards."""
-        device = next(iter(self.bound.example.values.values())).device
+        device = self.device
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), quiet():
             if cuda:
@@ -284,12 +289,9 @@ def save(fit: Fit, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     example = fit.bound.example
-    tensors = {f"nets.{k}": v for k, v in fit.nets.state_dict().items()}
-    tensors |= {f"example.{k}": v for k, v in example.values.items()}
-    tensors |= {f"mask.{k}": v for k, v in example.observed_mask.items()}
-    tensors |= {f"index.{k}": v for k, v in example.index.items()}
-    tensors |= {f"seen.{k}": v for k, v in fit.seen.items()}
-    tensors |= {f"features.{k}": v for k, v in _packed(fit.features).items()}
+    groups = {"nets": fit.nets.state_dict(), "example": example.values, "mask": example.observed_mask}
+    groups |= {"index": example.index, "seen": fit.seen, "features": _packed(fit.features)}
+    tensors = {f"{group}.{k}": v for group, named in groups.items() for k, v in named.items()}
     tensors |= {} if fit.population is None else {"population": fit.population}
     content = to_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     name = f"tensors-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
@@ -348,10 +350,12 @@ def load(directory: str | Path, template: Template | None = None) -> Fit:
                 f"it: load(directory, template)."
             )
         template = import_template(meta["reference"])
-    template = replace(template, prior=type(template.prior)(**_tuples(meta["prior"])))
+    numbers = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["prior"].items()}
+    template = replace(template, prior=type(template.prior)(**numbers))
     tensors, _ = _read_tensors(directory / meta["tensors"])
     plan = Plan.from_dict(meta["plan"])
-    bound = bind(template, _example(tensors, meta["sizes"], template, plan), plan.seed)
+    values, masks, index = (_under(tensors, f"{group}.") for group in ("example", "mask", "index"))
+    bound = bind(template, Batch(values, masks, meta["sizes"], template.row_dims, index), plan.seed)
     try:
         bound.nets.load_state_dict(_under(tensors, "nets."))
     except RuntimeError as error:
@@ -385,25 +389,14 @@ def _unpacked(tensors: Mapping[str, Tensor], named: Mapping[str, list[str]] | No
     return Features(tuple(named["names"]), arrays["values"], constants, bases)
 
 
-def _tuples(prior: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in prior.items()}
-
-
-def _example(
-    tensors: Mapping[str, Tensor], sizes: Mapping[str, int], template: Template, plan: Plan
-) -> Batch:
-    index = _under(tensors, "index.")
-    return Batch(_under(tensors, "example."), _under(tensors, "mask."), sizes, template.row_dims, index)
-
-
 def freeze(bound: Bound) -> Bound:
     """The pair with gradients off and its modules in evaluation mode."""
     bound.nets.eval().requires_grad_(False)
     return bound
 
 
-def new_state(bound: Bound, feed: Feed, plan: Plan, team: Team | None = None) -> State:
-    """The state of a fit that has not taken a step, of this process alone if no others are named."""
+def new_state(bound: Bound, feed: Feed, plan: Plan, team: Team) -> State:
+    """The state of a fit that has not taken a step."""
     parameters = [p for p in bound.nets.parameters() if p.requires_grad]
     some = next(iter(bound.example.values.values()))
     if not parameters:
@@ -415,10 +408,10 @@ def new_state(bound: Bound, feed: Feed, plan: Plan, team: Team | None = None) ->
             )
         # An optimiser takes one at least.
         parameters = [torch.zeros(0, device=some.device, requires_grad=True)]
-    makers = {
-        "adam": lambda: torch.optim.Adam(parameters, lr=plan.lr, fused=True),
-        "sgd": lambda: torch.optim.SGD(parameters, lr=plan.lr, momentum=0.9),
-    }
+    if plan.optimiser == "adam":
+        optimiser = torch.optim.Adam(parameters, lr=plan.lr, fused=True)
+    else:
+        optimiser = torch.optim.SGD(parameters, lr=plan.lr, momentum=0.9)
     generator = torch.Generator(device=some.device)
     generator.manual_seed(stream_seed(plan.seed, "sampling"))
-    return State(bound, makers[plan.optimiser](), feed, generator.get_state(), team=team or Team())
+    return State(bound, optimiser, feed, generator.get_state(), team=team)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
 from scivi.errors import FitError
@@ -19,7 +20,7 @@ from scivi.inference.state import State
 from scivi.inference.team import HEED, moving
 from scivi.inputs.batches import Batch
 from scivi.models.binding import Bound, stream_seed
-from scivi.models.sites import sample_sites
+from scivi.models.sites import plates_of, sample_sites
 
 
 def update(state: State, objective: Objective, plan: Plan) -> Value:
@@ -53,7 +54,7 @@ def _seed_step(state: State, plan: Plan) -> None:
     """Let each of several processes draw a step's random numbers from a stream of its own."""
     if state.team.size > 1:
         seed = stream_seed(plan.seed, "sampling")
-        restore_random(state.team.streams(seed, state.step, _device_of(state)))
+        restore_random(state.team.streams(seed, state.step, state.device))
 
 
 def _averaged(state: State, value: Value, batch: Batch, before: list[Tensor]) -> Value:
@@ -62,15 +63,11 @@ def _averaged(state: State, value: Value, batch: Batch, before: list[Tensor]) ->
     of_all = state.feed.size_of(first) or batch.sizes[first]
     numbers = {"objective": value.objective, **{f"part_{k}": v for k, v in value.parts.items()}}
     weight = batch.n_rows(first) * team.size / of_all
-    look = _device_of(state).type == "cpu" or state.step % HEED == 0
+    look = state.device.type == "cpu" or state.step % HEED == 0
     means, asked = team.average(state.bound.nets, before, numbers, weight, look)
     if asked:
         state.stopped = "signal"
     return Value(value.loss, means["objective"], {k: means[f"part_{k}"] for k in value.parts})
-
-
-def _device_of(state: State) -> torch.device:
-    return next(iter(state.bound.example.values.values())).device
 
 
 def _add(window: dict[str, Tensor], value: Value, norm: Tensor) -> None:
@@ -123,10 +120,9 @@ def diagnose(state: State, objective: Objective, plan: Plan, steps: int) -> FitE
         plan: of the fit.
         steps: how many to take at most.
     """
-    device = _device_of(state)
     for _ in range(steps):
         tensors, plain = state.pack()
-        random = random_states(device)
+        random = random_states(state.device)
         cursor = state.feed.state()
         update(state, objective, plan)
         if is_finite(state.window):
@@ -182,8 +178,6 @@ def _bad_gradient(bound: Bound) -> str:
 
 def _bad_site(bound: Bound, batch: Batch) -> tuple[str | None, tuple[int, ...]]:
     """First site of guide or model whose log density is not finite, and its rows."""
-    from pyro import poutine
-
     with torch.no_grad():
         guide = poutine.trace(bound.guide).get_trace(batch)
         model = poutine.trace(poutine.replay(bound.model, trace=guide)).get_trace(batch)
@@ -193,14 +187,10 @@ def _bad_site(bound: Bound, batch: Batch) -> tuple[str | None, tuple[int, ...]]:
             bad = ~torch.isfinite(log_prob(site))
             if not bool(bad.any()):
                 continue
-            dims = {f.name: f.dim for f in site["cond_indep_stack"]}
+            dims = plates_of(site)
             if row not in dims:
                 return name, ()
-            places = (
-                bad.movedim(dims[row], 0).flatten(1).any(1).nonzero().flatten()
-                if bad.dim() > 1
-                else bad.nonzero().flatten()
-            )
+            places = bad.movedim(dims[row], 0).unsqueeze(-1).flatten(1).any(1).nonzero().flatten()
             index = batch.index[row][places] if row in batch.index else places
             return name, tuple(int(i) for i in index)
     return None, ()

@@ -255,12 +255,11 @@ class Compiled:
             while True:  # the first graph tells how large one step is
                 form, arguments = self._peek(state, at_once)
                 graph = captured(self._function(form, at_once), arguments, owned=owned)
-                more = (
-                    _steps_at_once(len(graph.graph.nodes), self.plan.log_every) if self.feed.resident else 1
-                )
-                if at_once > 1 or more == 1:
+                if at_once > 1 or not self.feed.resident:
                     break
-                at_once = more
+                at_once = _steps_at_once(len(graph.graph.nodes), self.plan.log_every)
+                if at_once == 1:
+                    break
             function, how = compiled(graph, arguments)
         finally:
             restore_random(random)  # a capture is a run, which draws, also when it is refused

@@ -6,14 +6,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from torch import Tensor
 
 from scivi.errors import DataError
 from scivi.files import opened, put, remove
@@ -27,18 +26,7 @@ SAMPLED = ("chain", "draw")
 IN_NATS = ("log_likelihood", "sample_stats")  # groups of log densities
 JUDGED_ROWS = 1000  # a share of one row in ten is known to one in a hundred (our choice)
 ZARR = 2  # format 3 has no settled text type yet
-
-
-def arranged(value: Tensor, n_draws: int, shape: Sequence[int]) -> np.ndarray:
-    """A site's values over ``n_draws`` particles as (draw, *shape).
-
-    Unit plates are dropped; constants are repeated.
-    """
-    array = value.detach().cpu().numpy()
-    size = int(np.prod(shape, dtype=int))
-    if array.size == n_draws * size:
-        return array.reshape(n_draws, *shape)
-    return np.broadcast_to(array.reshape(shape), (n_draws, *shape)).copy()
+IN_PARTS: dict[str, Any] = {"consolidated": False, "zarr_format": ZARR}  # of a store that grows
 
 
 def dataset(
@@ -232,12 +220,10 @@ class Pieces:
         coords = {**self.coords, self.row: self.coords[self.row][rows]}
         piece = dataset(local, coords, self._units(group, local), sampled=False)
         if group in self.begun:
-            piece.to_zarr(self.store, group=group, append_dim=self.row, consolidated=False, zarr_format=ZARR)
+            piece.to_zarr(self.store, group=group, append_dim=self.row, **IN_PARTS)
             return
         chunks = {n: {"chunks": v.shape} for n, (_, v) in local.items()}
-        piece.to_zarr(
-            self.store, group=group, mode="a", encoding=chunks, consolidated=False, zarr_format=ZARR
-        )
+        piece.to_zarr(self.store, group=group, mode="a", encoding=chunks, **IN_PARTS)
         self.begun.add(group)
 
     def tree(self, whole: Mapping[str, xr.Dataset], provenance: Mapping[str, Any]) -> xr.DataTree:
@@ -254,7 +240,7 @@ class Pieces:
             return found
         assert self.to is not None
         for name, group in found.children.items():
-            group.to_dataset().to_zarr(self.store, group=name, mode="a", consolidated=False, zarr_format=ZARR)
+            group.to_dataset().to_zarr(self.store, group=name, mode="a", **IN_PARTS)
         self._finish(found.attrs)
         with opened(self.store) as written:
             self._finish(judged(written).attrs)
@@ -265,7 +251,7 @@ class Pieces:
         """Write the attributes of the root, and where all arrays of the store are."""
         import zarr
 
-        xr.Dataset(attrs=attrs).to_zarr(self.store, mode="a", consolidated=False, zarr_format=ZARR)
+        xr.Dataset(attrs=attrs).to_zarr(self.store, mode="a", **IN_PARTS)
         zarr.consolidate_metadata(str(self.store), zarr_format=ZARR)
 
     def _units(self, group: str, named: Named) -> Mapping[str, str]:

@@ -11,6 +11,7 @@ from scivi.errors import DataError, Unsupported
 from scivi.inputs.columns import (
     Column,
     Table,
+    axes,
     from_array,
     from_categories,
     from_disk,
@@ -31,13 +32,13 @@ def of_anndata(adata: Any) -> Table:
     columns: dict[str, Column] = {}
     labels = {axis: from_array(getattr(adata, f"{axis}_names"), (axis,)) for axis in ("obs", "var")}
     if adata.isbacked:
-        columns["X"] = _of_element(adata.file["X"], ("obs", "var"))
+        columns["X"] = of_element(adata.file["X"], ("obs", "var"))
     elif adata.X is not None:
         columns["X"] = from_array(adata.X, ("obs", "var"))
     for place, dims in _GROUPS.items():
         for key, value in getattr(adata, place).items():
             name = f"{place}/{key}"
-            own = dims if len(dims) == 2 else (*dims, *(f"{name}#{k}" for k in range(1, np.ndim(value))))
+            own = axes(name, np.ndim(value), *dims)
             if hasattr(value, "columns"):  # a DataFrame: its columns are the labels of the second axis
                 labels[own[1]] = from_array(np.asarray(value.columns, str), own[1:])
                 value = value.to_numpy()
@@ -46,13 +47,8 @@ def of_anndata(adata: Any) -> Table:
         columns |= {f"{place}/{key}": from_series(frame[key], (place,)) for key in frame.columns}
     for key, value in adata.uns.items():
         if isinstance(value, int | float | np.ndarray | np.number):
-            columns[f"uns/{key}"] = from_array(value, tuple(f"uns/{key}#{k}" for k in range(np.ndim(value))))
+            columns[f"uns/{key}"] = from_array(value, axes(f"uns/{key}", np.ndim(value)))
     return _table(columns, labels)
-
-
-def of_sparse_on_disk(matrix: Any, dims: tuple[str, ...]) -> Column:
-    """A column of the sparse matrix of a backed AnnData, which stays on disk."""
-    return _of_element(matrix.group, dims)
 
 
 def of_h5ad(path: Path) -> Table:
@@ -69,26 +65,26 @@ def of_group(group: Any) -> Table:
     """The table of an AnnData stored in an HDF5 or zarr group."""
     columns: dict[str, Column] = {}
     labels = {
-        axis: _of_element(group[axis][group[axis].attrs["_index"]], (axis,))
+        axis: of_element(group[axis][group[axis].attrs["_index"]], (axis,))
         for axis in ("obs", "var")
         if axis in group
     }
     if "X" in group and _encoding(group["X"]) != "null":
-        columns["X"] = _of_element(group["X"], ("obs", "var"))
+        columns["X"] = of_element(group["X"], ("obs", "var"))
     for place, dims in _GROUPS.items():
         for key in group[place] if place in group else ():
             element, name = group[place][key], f"{place}/{key}"
-            own = dims if len(dims) == 2 else (*dims, *(f"{name}#{k}" for k in range(1, _n_axes(element))))
+            own = axes(name, _n_axes(element), *dims)
             if _encoding(element) == "dataframe":
                 labels[own[1]] = from_array(list(element.attrs["column-order"]), own[1:])
-            columns[name] = _of_element(element, own)
+            columns[name] = of_element(element, own)
     for place in ("obs", "var"):
         for key in group[place].attrs["column-order"] if place in group else ():
-            columns[f"{place}/{key}"] = _of_element(group[place][key], (place,))
+            columns[f"{place}/{key}"] = of_element(group[place][key], (place,))
     for key in group["uns"] if "uns" in group else ():
         element = group["uns"][key]
         if _encoding(element) in ("array", "numeric-scalar"):
-            columns[f"uns/{key}"] = _of_element(element, tuple(f"uns/{key}#{k}" for k in range(element.ndim)))
+            columns[f"uns/{key}"] = of_element(element, axes(f"uns/{key}", element.ndim))
     return _table(columns, labels)
 
 
@@ -102,10 +98,12 @@ def _encoding(element: Any) -> str:
 
 
 def _n_axes(element: Any) -> int:
-    return 2 if _encoding(element) in ("dataframe", "csr_matrix", "csc_matrix") else element.ndim
+    matrix = _encoding(element) in ("dataframe", "csr_matrix", "csc_matrix")
+    return 2 if matrix else getattr(element, "ndim", 1)  # a ragged array of awkward is a group
 
 
-def _of_element(element: Any, dims: tuple[str, ...]) -> Column:
+def of_element(element: Any, dims: tuple[str, ...]) -> Column:
+    """A column of an array, matrix, frame or list of words as AnnData stores it; it stays on disk."""
     encoding = _encoding(element)
     if encoding in ("csr_matrix", "csc_matrix"):
         return _of_sparse(element, dims, by_rows=encoding == "csr_matrix")
@@ -119,10 +117,10 @@ def _of_element(element: Any, dims: tuple[str, ...]) -> Column:
             lambda key: np.where(mask[key], gap, values[key]), dims, values.shape, dtype, chunk=_chunk(values)
         )
     if encoding == "categorical":
-        categories = _of_element(element["categories"], ("category",))
-        return from_categories(_of_element(element["codes"], dims), lambda: categories.get([None]))
+        categories = of_element(element["categories"], ("category",))
+        return from_categories(of_element(element["codes"], dims), lambda: categories.get([None]))
     if encoding not in ("array", "string-array", "numeric-scalar"):  # kept so that messages can name them
-        shape = tuple(getattr(element, "shape", ()))
+        shape = tuple(getattr(element, "shape", (element.attrs.get("length", 0),) * len(dims)))
         return Column(dims, shape, np.dtype(object), lambda index: np.empty(shape, object))
     read = element.asstr() if element.dtype.kind == "O" and hasattr(element, "asstr") else element  # HDF5
     shape, dtype = tuple(element.shape), np.dtype(element.dtype)
@@ -135,7 +133,7 @@ def _chunk(array: Any) -> int | None:
 
 
 def _of_frame(group: Any, dims: tuple[str, ...]) -> Column:
-    columns = [_of_element(group[key], dims[:1]) for key in group.attrs["column-order"]]
+    columns = [of_element(group[key], dims[:1]) for key in group.attrs["column-order"]]
     dtype = np.result_type(*(c.dtype for c in columns)) if columns else np.dtype(float)
     shape = (group[group.attrs["_index"]].shape[0], len(columns))
 

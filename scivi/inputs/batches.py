@@ -74,10 +74,11 @@ class Batch:
                 f'there is no dim "{name}" to make a plate of; the data have {sorted(self.sizes)}. '
                 f'Give its size in Template(sizes={{"{name}": ...}}).'
             )
-        with poutine.block(
-            hide=[name]
-        ):  # a plate's own site stays out of traces, so that it can be entered again
-            index = self.index[name] if name in self.index else _all_of(self, name)
+        index = self.index.get(name)
+        if index is None:
+            index = torch.arange(self.sizes[name], device=next(iter(self.values.values())).device)
+        # a plate's own site stays out of traces, so that it can be entered again
+        with poutine.block(hide=[name]):
             return pyro.plate(name, self.sizes[name], subsample=index, dim=dim)
 
     def observe(self, name: str, distribution: Any) -> Tensor:
@@ -109,11 +110,6 @@ class Batch:
     def predict(self) -> Batch:
         """The same rows, observed sites free."""
         return replace(self, predicting=True)
-
-
-def _all_of(batch: Batch, name: str) -> Tensor:
-    device = next(iter(batch.values.values())).device
-    return torch.arange(batch.sizes[name], device=device)
 
 
 def make_batch(
@@ -175,7 +171,7 @@ def chunks(
     dtype: torch.dtype,
 ) -> Iterator[Batch]:
     """All rows once, in order, ``size`` at a time along the first row dim; a lone chunk carries no index."""
-    n, first = source.sizes[rows[0]], rows[0]
+    n = source.sizes[rows[0]]
     for start in range(0, n, size):
-        index = {} if size >= n else {first: np.arange(start, min(n, start + size))}
+        index = {} if size >= n else {rows[0]: np.arange(start, min(n, start + size))}
         yield make_batch(source.read(index), fields, source.sizes, rows, index, device, dtype)

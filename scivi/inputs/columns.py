@@ -71,6 +71,11 @@ class Table:
     what: str = "table"
 
 
+def axes(name: str, n: int, *known: str) -> tuple[str, ...]:
+    """Names of the n axes of a column: those that are known, then loose ones of its own."""
+    return (*known, *(f"{name}#{k}" for k in range(len(known), n)))
+
+
 def from_array(array: Any, dims: tuple[str, ...]) -> Column:
     """A column of an array in memory; a scipy sparse matrix becomes dense where it is read."""
     if hasattr(array, "toarray"):  # scipy's matrices and arrays, which share no base class
@@ -169,10 +174,9 @@ def from_disk(
             window[axis] = slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
         if not wanted:
             return np.array(block(tuple(window)))
-        lead = next(iter(wanted))
-        places = wanted[lead][0]
+        lead, (places, _) = next(iter(wanted.items()))
         parts = []
-        for run in np.split(places, np.flatnonzero(np.diff(places) > GAP) + 1) if len(places) else [places]:
+        for run in np.split(places, np.flatnonzero(np.diff(places) > GAP) + 1):
             start = int(run[0]) if len(run) else 0
             window[lead] = slice(start, int(run[-1]) + 1 if len(run) else 0)
             part = np.asarray(block(tuple(window)))

@@ -54,7 +54,7 @@ class Basis:
         """
         if rows.shape[1] != len(self.mean):
             return np.full((len(rows), len(self.mean)), np.inf)
-        return _standardised(rows, self.mean, self.scale)
+        return np.nan_to_num((_signed_log(rows) - self.mean) / self.scale)
 
     def places(self, z: np.ndarray) -> np.ndarray:
         """Places along the directions, and the rms of what lies off them, (row, direction + 1)."""
@@ -114,7 +114,6 @@ class Sample:
         most = max(FEWEST_ROWS, min(KEPT + LEARNT_FROM, MOST_NUMBERS // max(1, sum(widths))))
         n = sizes[row]
         self.chosen = np.random.default_rng(seed).choice(n, min(n, most), replace=False)  # in random order
-        self._sorted = np.sort(self.chosen)
         self._places: list[np.ndarray] = []
         self._rows: dict[str, list[np.ndarray]] = {}
         self._last: Batch | None = None
@@ -123,7 +122,7 @@ class Sample:
         """Take up those of its rows that were chosen."""
         own = batch.index.get(self.row)
         places = np.arange(batch.n_rows(self.row)) if own is None else own.cpu().numpy()
-        wanted = np.flatnonzero(np.isin(places, self._sorted, assume_unique=True))
+        wanted = np.flatnonzero(np.isin(places, self.chosen, assume_unique=True))
         self._places.append(places[wanted])
         self._last = batch
         for name, f in self.fields.items():
@@ -258,14 +257,13 @@ def _labels(name: str, declared: Field, row: str | None, coords: Mapping[str, An
 
 def _learnt(rows: np.ndarray) -> Basis:
     """Principal directions of rows (row, entry)."""
-    rows = rows.astype(np.float64)
-    s = _signed_log(rows)
+    s = _signed_log(rows.astype(np.float64))
     there = ~np.isnan(s)
     n = np.maximum(there.sum(0), 1)
     mean = np.where(there, s, 0.0).sum(0) / n
     scale = np.sqrt((np.where(there, s - mean, 0.0) ** 2).sum(0) / n)
     scale = np.where(scale > 1e-9 * (1 + np.abs(mean)), scale, 1.0)
-    z = _standardised(rows, mean, scale)
+    z = np.nan_to_num((s - mean) / scale)
     count = min(DIRECTIONS, *z.shape)
     if z.shape[1] <= len(z):
         directions = np.linalg.eigh(z.T @ z)[1][:, ::-1][:, :count]
@@ -279,7 +277,3 @@ def _learnt(rows: np.ndarray) -> Basis:
 
 def _signed_log(rows: np.ndarray) -> np.ndarray:
     return np.sign(rows) * np.log1p(np.abs(rows))
-
-
-def _standardised(rows: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return np.nan_to_num((_signed_log(rows) - mean) / scale)

@@ -61,11 +61,11 @@ class Order:
         if self._cache is None or self._cache[:2] != (epoch, group):
             rng = np.random.default_rng([self.seed, epoch])
             starts = self.block * rng.permutation(-(-self.n // self.block))
-            ends = np.cumsum(np.minimum(self.block, self.n - starts))
+            lengths = np.minimum(self.block, self.n - starts)
+            ends = np.cumsum(lengths)
             size, first = self.block * self.blocks, rng.integers(self.n)
-            places = np.arange(group * size, min(self.n, (group + 1) * size))
-            places = (places + first) % self.n
-            shift = starts - ends + np.minimum(self.block, self.n - starts)
+            places = (np.arange(group * size, min(self.n, (group + 1) * size)) + first) % self.n
+            shift = starts - ends + lengths
             rows = places + (shift[np.searchsorted(ends, places, side="right")] if len(ends) > 1 else 0)
             rows = np.random.default_rng([self.seed, epoch, group]).permutation(rows)
             self._cache = (epoch, group, rows)
@@ -132,10 +132,10 @@ class Feed:
     ) -> None:
         self.source, self.fields, self.rows, self.device, self.dtype = source, fields, rows, device, dtype
         self.sizes = dict(source.sizes)
-        if rows_per_batch is None and max(self.sizes[r] for r in rows) > _FULL_LIMIT:
-            most = max(self.sizes[r] for r in rows)
+        longest = max(self.sizes[r] for r in rows)
+        if rows_per_batch is None and longest > _FULL_LIMIT:
             raise PlanError(
-                f"rows_per_batch=None would take all of {most} rows at every step; "
+                f"rows_per_batch=None would take all of {longest} rows at every step; "
                 f"give a number (512 is usual)."
             )
         self.rows_per_batch, self.share = rows_per_batch, share
@@ -152,7 +152,9 @@ class Feed:
             n, at_once = self.sizes[row], whole or k > 0
             block, blocks = (n, 1) if at_once else self._blocks(row, kept)
             self.orders[row] = Order(n, seed + 7919 * k, block, blocks)
-        self._table = self._read() if self.resident else None
+        self._table: Batch | None = None
+        if self.resident:
+            self._table = make_batch(source.read({}), fields, self.sizes, rows, {}, device, dtype)
         self._held = self._hold(None) if whole and not self.resident else None
         self._pool = None if whole else ThreadPoolExecutor(1, thread_name_prefix="scivi-feed")
         self._ahead: dict[tuple[int, int], Future[Held]] = {}
@@ -164,10 +166,6 @@ class Feed:
         block = chunk * -(-_BLOCK // chunk)
         blocks = min(_BLOCKS, _GROUP * self.sizes[row] // max(1, kept * block))
         return (block, blocks) if 4 * blocks >= _BLOCKS else (_BLOCK, _BLOCKS)
-
-    def _read(self) -> Batch:
-        arrays = self.source.read({})
-        return make_batch(arrays, self.fields, self.sizes, self.rows, {}, self.device, self.dtype)
 
     def _hold(self, places: np.ndarray | None) -> Held:
         return Held(self.source, self.fields, self.rows, places, self.device, self.dtype)

@@ -10,11 +10,15 @@ import numpy as np
 import torch
 from torch.distributions import constraints
 
-from scivi.errors import DataError, TemplateError, listed
+from scivi.errors import TemplateError, listed
 
 _WHOLE = (constraints.integer_interval, type(constraints.nonnegative_integer))
 _SHOWN, _FEW = 20, 4  # labels that a message lists, and words that are none of them
-RESERVED = ("plate", "observe", "sizes", "rows", "index", "values", "observed_mask", "predicting", "to")
+# what a ``Batch`` has besides its fields
+RESERVED = (
+    *("values", "observed_mask", "sizes", "rows", "index", "predicting"),
+    *("plate", "observe", "n_rows", "predict"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,9 +279,3 @@ class Tally:
             what = f'field "{self.name}": {self.above} {of} above field "{self.field.at_most}"'
             faults.append(f"{what}; the first is {self.first['above']}.")
         return faults
-
-
-def raise_faults(faults: list[str], name: str) -> None:
-    """Raise one ``DataError`` that lists all faults, if there are any."""
-    if faults:
-        raise DataError(listed(f'the data cannot be used with template "{name}":', faults))

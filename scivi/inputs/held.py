@@ -63,10 +63,10 @@ class Held:
                 with_row = [(n, f.dims.index(rows[0])) for n, f in fields.items() if rows[0] in f.dims]
                 arrays = {**arrays, **{n: np.take(arrays[n], back, axis) for n, axis in with_row}}
             self.gaps = frozenset(n for n, a in arrays.items() if a.dtype.kind == "f" and np.isnan(a).any())
-        own = {name for name, f in fields.items() if set(f.dims) & set(rows)}
-        self.fields, self.own = dict(fields), {name: f for name, f in fields.items() if name in own}
-        self.arrays = {name: arrays[name] for name in own}
-        common = {name: f for name, f in fields.items() if name not in own}
+        self.fields = dict(fields)
+        self.own = {name: f for name, f in fields.items() if set(f.dims) & set(rows)}
+        self.arrays = {name: arrays[name] for name in self.own}
+        common = {name: f for name, f in fields.items() if name not in self.own}
         whole = {name: np.asarray(arrays[name]) for name in common}
         self.common = make_batch(whole, common, self.sizes, rows, {}, device, dtype, self.gaps)
         self._buffers: dict[str, np.ndarray] = {}

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from scivi.errors import DataError
+from scivi.errors import DataError, listed
 from scivi.inputs.columns import Column, Table, arranged
-from scivi.inputs.fields import Field, Tally, raise_faults
+from scivi.inputs.fields import Field, Tally
 from scivi.inputs.matching import Matching
 from scivi.inputs.narrow import Span
 from scivi.inputs.tables import as_table, from_table, pivoted
@@ -159,7 +159,7 @@ class TableSource:
         return array
 
     def _narrowest(self, name: str, wanted: np.dtype) -> np.dtype:
-        if name not in self.columns or name not in self.spans:
+        if name not in self.spans:
             return wanted
         return self.spans[name].dtype(self.columns[name].dtype.newbyteorder("="), wanted)
 
@@ -272,7 +272,8 @@ def open_source(
         for d, c in labels.items()
         if c.shape[0] != found[d] and d not in matching.unsized
     ]
-    raise_faults([*matching.faults, *other, *faults, *(repeated if distinct else [])], name)
+    if wrong := [*matching.faults, *other, *faults, *(repeated if distinct else [])]:
+        raise DataError(listed(f'the data cannot be used with template "{name}":', wrong))
     for fault in repeated:
         warnings.warn(fault, stacklevel=3)
     nbytes = 4 * sum(math.prod(found[d] for d in f.dims) for f in fields.values())
@@ -331,10 +332,10 @@ def _checked(
         own = tuple(d for d in declared.dims if d in column.dims)
         sizes = dict(zip(column.dims, column.shape, strict=True))
         bound = declared.at_most
-        if bound and not matching.can_be_read([name, bound]):
-            bound = ""
-        if bound:
+        if bound and matching.can_be_read([name, bound]):
             own, sizes = declared.dims, source.sizes
+        else:
+            bound = ""
         along = next((d for d in (*rows, *own) if d in own), None)
         step = _CHUNK * sizes.get(along or "", 1) // max(1, math.prod(sizes[d] for d in own))
         step = _whole(max(1, step), column.chunk if along == column.dims[0] else None) if along else 1

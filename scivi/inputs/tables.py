@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from scivi.errors import DataError, listed, missing_extra
-from scivi.inputs.columns import Column, Table, from_array, from_disk, from_series, words_at
+from scivi.inputs.columns import Column, Table, axes, from_array, from_disk, from_series, words_at
 
 KINDS = (
     "an AnnData, an xarray Dataset or DataArray, a DataFrame, a dict of arrays, or the path of a "
@@ -146,7 +146,7 @@ def _of_astropy(table: Any) -> Table:
         plain = plain.astype(str) if plain.dtype.kind == "S" else plain.astype(plain.dtype.newbyteorder("="))
         if masked is not None and np.any(masked) and plain.dtype.kind in "biuf":
             plain = np.where(np.asarray(masked), np.nan, plain.astype(float))
-        columns[name] = from_array(plain, ("row", *(f"{name}#{k}" for k in range(1, plain.ndim))))
+        columns[name] = from_array(plain, axes(name, plain.ndim, "row"))
     loose = frozenset(d for column in columns.values() for d in column.dims[1:])
     return Table(columns, row="row", loose=loose, lines=True, what="astropy Table")
 
@@ -161,7 +161,7 @@ def _of_mapping(data: Mapping[str, Any]) -> Table:
         elif isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple | list):
             column = _of_value(value[1], tuple(value[0]))
         else:
-            dims = tuple(f"{name}#{k}" for k in range(np.ndim(value)))
+            dims = axes(name, np.ndim(value))
             column, loose = from_array(value, dims), loose | set(dims)
         if column.dims == (str(name),):  # as in xarray, what has the name of its dim is the labels of it
             labels[str(name)] = column
@@ -172,9 +172,9 @@ def _of_mapping(data: Mapping[str, Any]) -> Table:
 def _of_value(value: Any, dims: tuple[str, ...]) -> Column:
     """A column of an array, of scipy's sparse matrices, or of AnnData's on disk."""
     if hasattr(value, "group") and hasattr(value, "format"):
-        from scivi.inputs.annotated import of_sparse_on_disk
+        from scivi.inputs.annotated import of_element
 
-        return of_sparse_on_disk(value, dims)
+        return of_element(value.group, dims)
     return from_array(value, dims)
 
 
@@ -245,9 +245,7 @@ def _scattered(values: np.ndarray, places: np.ndarray, size: int, whole: bool) -
     out = np.full(size, np.nan) if len(first) < size else np.empty(size, values.dtype)
     out[places[first]] = values[first]
     differs = (out[places] != values) & ~((out[places] != out[places]) & (values != values))
-    if differs.any():
-        return (
-            out,
-            f"it differs within a label in {int(differs.sum())} lines; the first is line {differs.argmax()}",
-        )
-    return out, ""
+    if not differs.any():
+        return out, ""
+    n, line = int(differs.sum()), differs.argmax()
+    return out, f"it differs within a label in {n} lines; the first is line {line}"

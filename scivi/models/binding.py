@@ -194,25 +194,22 @@ def bind(template: Template, example: Batch, seed: int) -> Bound:
 def _weights(template: Template, run: poutine.Trace) -> dict[str, float]:
     """Of the sites that stand for what is reported: other row dims may weigh what they like."""
     others = template.row_dims[1:]
-    seen = {n: s for n, s in sample_sites(run) if s["is_observed"] and row_dim_of(s, others) is None}
-    weights = {name: weight_of(site) for name, site in seen.items()}
-    return {name: weight for name, weight in weights.items() if abs(weight - 1) > 1e-6}
+    seen = ((n, s) for n, s in sample_sites(run) if s["is_observed"] and row_dim_of(s, others) is None)
+    return {name: weight for name, site in seen if abs((weight := weight_of(site)) - 1) > 1e-6}
 
 
 def _prior_runs(template: Template, example: Batch, own: nn.Module | None) -> list[poutine.Trace]:
     n_runs = 1 if callable(template.guide) and not isinstance(template.guide, Family) else _PRIOR_RUNS
-    runs = []
+    traced = poutine.trace(template.model)
     with torch.no_grad(), _typed(example):
-        for _ in range(n_runs):
-            runs.append(poutine.trace(template.model).get_trace(example, template.prior, own))
-    return runs
+        return [traced.get_trace(example, template.prior, own) for _ in range(n_runs)]
 
 
 def _guide_module(
     template: Template, runs: list[poutine.Trace], sites: tuple[Site, ...], nesting: int
 ) -> nn.Module | None:
     family = MeanField() if template.guide is None else template.guide
-    family = Adapted() if isinstance(family, str) and family == "auto" else family
+    family = Adapted() if family == "auto" else family
     if isinstance(family, Family):
         starts = {s.name: [value_of(run, s.name).detach() for run in runs] for s in sites}
         return family.build(sites, starts, nesting)

@@ -27,6 +27,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
+from torch.nn.functional import pad
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -36,8 +37,9 @@ class _Level:
     """What one round took out: every second entry, given its neighbours.
 
     Args:
-        pivot: precision of those entries, (*, n). left, right: links to the neighbours over the pivot, (*,
-        n); the last of ``right`` is 0 if there is none.
+        pivot: precision of those entries, (*, n).
+        left, right: links to the neighbours over the pivot, (*, n); the last of ``right`` is 0 if there is
+            none.
     """
 
     pivot: Tensor
@@ -48,27 +50,19 @@ class _Level:
 def _meet(kept: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Add to the entries kept (*, m) what comes from the entries taken out to their right and left."""
     short = kept.shape[-1] - left.shape[-1]  # 1 if the last entry of the chain is kept
-    return kept + torch.nn.functional.pad(left, (0, short)) + _after(right, kept.shape[-1])
-
-
-def _after(values: Tensor, size: int) -> Tensor:
-    """Values moved one place on, cut or filled with 0 to (*, size)."""
-    return torch.nn.functional.pad(values, (1, size - 1 - values.shape[-1]))
+    return kept + pad(left, (0, short)) + pad(right, (1, short - 1))
 
 
 def _ahead(kept: Tensor, size: int) -> Tensor:
     """The right neighbours, among the entries kept, of those taken out: (*, size), 0 beyond the end."""
-    return torch.nn.functional.pad(kept[..., 1:], (0, size - kept.shape[-1] + 1))
+    return pad(kept[..., 1:], (0, size - kept.shape[-1] + 1))
 
 
 def _interleave(kept: Tensor, taken: Tensor) -> Tensor:
     """The chain of both, in their order."""
     total = kept.shape[-1] + taken.shape[-1]
-    pair = torch.stack(
-        torch.broadcast_tensors(kept, torch.nn.functional.pad(taken, (0, kept.shape[-1] - taken.shape[-1]))),
-        -1,
-    )
-    return pair.flatten(-2)[..., :total]
+    even = pad(taken, (0, kept.shape[-1] - taken.shape[-1]))
+    return torch.stack(torch.broadcast_tensors(kept, even), -1).flatten(-2)[..., :total]
 
 
 class Moments(NamedTuple):
@@ -101,7 +95,7 @@ class Elimination:
         while diagonal.shape[-1] > 1:
             kept, pivot = diagonal[..., 0::2], diagonal[..., 1::2]
             left, right = off[..., 0::2], off[..., 1::2]
-            right = torch.nn.functional.pad(right, (0, pivot.shape[-1] - right.shape[-1]))
+            right = pad(right, (0, pivot.shape[-1] - right.shape[-1]))
             level = _Level(pivot, left / pivot, right / pivot)
             diagonal = _meet(kept, -left * level.left, -right * level.right)
             off = (-left * level.right)[..., : diagonal.shape[-1] - 1]
@@ -125,10 +119,10 @@ class Elimination:
         x = shift / self.last
         if noise is not None:
             x = x + noise * self.last.rsqrt()
-        for k in reversed(range(len(self.levels))):
-            level, taken = self.levels[k], shifts[k] / self.levels[k].pivot
+        for level in reversed(self.levels):
+            taken = shifts.pop() / level.pivot
             if noises:
-                taken = taken + noises[k] * level.pivot.rsqrt()
+                taken = taken + noises.pop() * level.pivot.rsqrt()
             n = level.pivot.shape[-1]
             taken = taken - level.left * x[..., :n] - level.right * _ahead(x, n)
             x = _interleave(x, taken)
@@ -140,7 +134,7 @@ class Elimination:
         for level in reversed(self.levels):
             n = level.pivot.shape[-1]
             here, there = variance[..., :n], _ahead(variance, n)
-            between = torch.nn.functional.pad(covariance, (0, n - covariance.shape[-1]))
+            between = pad(covariance, (0, n - covariance.shape[-1]))
             taken = level.pivot.reciprocal() + level.left.square() * here
             taken = taken + level.right.square() * there + 2 * level.left * level.right * between
             back = -(level.left * here + level.right * between)
@@ -152,7 +146,6 @@ class Elimination:
 
 def times(diagonal: Tensor, off: Tensor, x: Tensor) -> Tensor:
     """P x of a tridiagonal P, (*, T)."""
-    pad = torch.nn.functional.pad
     return diagonal * x + pad(off * x[..., 1:], (0, 1)) + pad(off * x[..., :-1], (1, 0))
 
 

@@ -16,6 +16,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.functional import logsigmoid
 
 _LEAST = 1e-20  # mean and inverse dispersion are held above it: a softmax may underflow (our choice)
 _SERIES_FROM, _SERIES_TO = -0.36, 0.56  # where a series replaces t - log(1 + t) (our choice: 5 and 12 terms)
@@ -196,10 +197,9 @@ class NegativeBinomialMixture(TorchDistribution):
         """Log probability of counts (*batch)."""
         if self._validate_args:
             self._validate_sample(value)
-        logs = torch.nn.functional.logsigmoid
         return torch.logaddexp(
-            logs(self.logits) + log_negative_binomial(value, self.background, self.inverse_dispersion),
-            logs(-self.logits) + log_negative_binomial(value, self.foreground, self.inverse_dispersion),
+            logsigmoid(self.logits) + log_negative_binomial(value, self.background, self.inverse_dispersion),
+            logsigmoid(-self.logits) + log_negative_binomial(value, self.foreground, self.inverse_dispersion),
         )
 
 

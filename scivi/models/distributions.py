@@ -107,7 +107,7 @@ class PoissonOverBackground(TorchDistribution):
         """Log probability of counts (*batch)."""
         if self._validate_args:
             self._validate_sample(value)
-        most = self._most(value)
+        most = int(value.detach().max()) if self.most is None else self.most
         terms = self._terms(most)
         # What does not depend on the rate is worked out in double: it is the difference of numbers of size
         # n log n. The rate comes in relative to the count, so that what is left is small where it matters.
@@ -122,9 +122,6 @@ class PoissonOverBackground(TorchDistribution):
         if terms <= most:
             total = self._with_rest(total, value, terms)
         return total + (value - self.rate)
-
-    def _most(self, value: Tensor) -> int:
-        return int(value.detach().max()) if self.most is None else self.most
 
     def _terms(self, most: int) -> int:
         """Terms that matter unless a count lies far above its rate: never more than the largest allows."""

@@ -6,9 +6,10 @@ guide. Amortised guides are written by hand, as plain functions ``(batch, prior,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import pyro
 import pyro.distributions as dist
@@ -56,16 +57,10 @@ def _unconstrained(site: Site, starts: Start) -> tuple[Tensor, int]:
     event_dim = site.event_dim + bijector.domain.event_dim - bijector.codomain.event_dim
     event_dim = max(event_dim, bijector.domain.event_dim)
     if site.row_dim is not None:
-        axis = dict(site.plates)[site.row_dim] - event_dim
-        size = site.shape[site.row_axis]
-        value = value.mean(axis, keepdim=True).expand(*_with(value.shape, axis, size)).clone()
+        axis, shape = dict(site.plates)[site.row_dim] - event_dim, list(value.shape)
+        shape[axis] = site.shape[site.row_axis]
+        value = value.mean(axis, keepdim=True).expand(shape).clone()
     return value, event_dim
-
-
-def _with(shape: Sequence[int], axis: int, size: int) -> list[int]:
-    shape = list(shape)
-    shape[axis] = size
-    return shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +82,6 @@ class MeanField:
 class MeanFieldNormal(nn.Module):
     """The module of ``MeanField``: a table of means and log standard deviations by site."""
 
-    amortised = False
-
     def __init__(self, sites: Sequence[Site], starts: Start, scale: float) -> None:
         super().__init__()
         self.sites = tuple(sites)
@@ -108,23 +101,17 @@ class MeanFieldNormal(nn.Module):
                 axis = dict(site.plates)[site.row_dim] - event_dim
                 loc, scale = (x.index_select(axis, batch.index[site.row_dim]) for x in (loc, scale))
             base = dist.Normal(loc, scale).to_event(event_dim)
-            with _plates(batch, site):
+            with _within(batch, site.plates):
                 pyro.sample(site.name, dist.TransformedDistribution(base, [biject_to(site.support)]))
 
 
-class _plates:
+@contextmanager
+def _within(batch: Batch, plates: Sequence[tuple[str, int]]) -> Iterator[None]:
     """All plates of a site, entered together."""
-
-    def __init__(self, batch: Batch, site: Site) -> None:
-        self.plates = [batch.plate(name, dim=dim) for name, dim in site.plates]
-
-    def __enter__(self) -> None:
-        for plate in self.plates:
-            plate.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for plate in reversed(self.plates):
-            plate.__exit__(*error)
+    with ExitStack() as stack:
+        for name, dim in plates:
+            stack.enter_context(batch.plate(name, dim=dim))
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +207,7 @@ class JointGuide(nn.Module):
         event_dim = value.dim() - (part.dim() - slot.event_dim)
         extra = slope.dim() - (value.dim() - event_dim)
         density = -(slope.flatten(-extra).sum(-1) if extra > 0 else slope)
-        with _plates(batch, slot):  # type: ignore[arg-type]
+        with _within(batch, slot.plates):
             return pyro.sample(slot.name, dist.Delta(value, log_density=density, event_dim=event_dim))
 
 

@@ -71,10 +71,10 @@ def push(fn: Any, noise: Tensor) -> tuple[Tensor, Tensor]:
             )
         return path[-1], _sum_right(density, event_dim - len(fn.base_dist.event_shape)) - slopes
     squares = -0.5 * noise * noise - _HALF_LOG_2PI
+    value = put(fn, noise)
     if isinstance(fn, torch.distributions.MultivariateNormal):
-        value = fn.loc + (fn.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
         return value, squares.sum(-1) - fn.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return fn.loc + fn.scale * noise, squares - fn.scale.log()
+    return value, squares - fn.scale.log()
 
 
 def _sum_right(value: Tensor, dims: int) -> Tensor:

@@ -38,6 +38,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from scivi.models.chains import Autoregressive, GaussianChain, Moments, times
 
@@ -107,7 +108,6 @@ class Quadratics(NamedTuple):
 
 def _ends(now: Tensor, ahead: Tensor) -> Tensor:
     """What links give to their left and right ends, added up along the path, (*, T)."""
-    pad = torch.nn.functional.pad
     return pad(now, (0, 1)) + pad(ahead, (1, 0))
 
 

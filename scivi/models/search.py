@@ -22,8 +22,6 @@ PROBE = 2.0  # sd: how far out the widths to either side are taken
 NARROWEST, WIDEST = 0.4, 2.5  # of those widths, in sd
 # Largest variance of a direction, on the unbounded scale: nothing is known of a flatter one.
 FLATTEST = 3.0**2
-
-
 # Of the bend: heavier than a normal's, so that importance weights have light tails. Of 40 series of returns
 # k-hat is .54, .40 in the mean at 1.2, 1.4, at the price of a seventh of the effective draws.
 TAIL = 1.4
@@ -114,8 +112,7 @@ def _covariance(slope: Slope, x: Tensor, spread: Tensor) -> Tensor:
     whitened = bend @ root
     whitened = 0.5 * (whitened + whitened.mT)
     values, vectors = torch.linalg.eigh(torch.where(torch.isfinite(whitened), whitened, 0.0))
-    covariance = (
-        (root @ vectors) @ torch.diag_embed(values.clamp_min(1e-3).reciprocal()) @ (root @ vectors).mT
-    )
+    axes = root @ vectors
+    covariance = axes @ torch.diag_embed(values.clamp_min(1e-3).reciprocal()) @ axes.mT
     values, vectors = torch.linalg.eigh(covariance)
     return vectors @ torch.diag_embed(values.clamp(1e-8, FLATTEST)) @ vectors.mT

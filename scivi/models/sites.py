@@ -25,7 +25,6 @@ class Site:
         support: of the prior.
         plates: ``(name, dim)`` of each plate it stands in, dim counted from the right of the batch shape.
         row_dim: the minibatched plate it stands in, or None for a global site.
-        start: a central value of the prior, batch rows as in the example.
         discrete: whether it takes whole numbers.
     """
 
@@ -35,7 +34,6 @@ class Site:
     support: constraints.Constraint
     plates: tuple[tuple[str, int], ...]
     row_dim: str | None
-    start: Tensor
     discrete: bool
 
     @property
@@ -114,7 +112,6 @@ def latent_sites(trace: poutine.Trace, sizes: Mapping[str, int], rows: tuple[str
                 support=fn.support,
                 plates=tuple(plates.items()),
                 row_dim=row_dim_of(site, rows),
-                start=site["value"].detach(),
                 discrete=bool(fn.support.is_discrete),
             )
         )

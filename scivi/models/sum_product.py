@@ -119,30 +119,26 @@ class _Inside(NamedTuple):
     inside: list[Vector]  # of each node, scaled: its own likelihood times what its children say
     said: list[Vector]  # of each node with a parent: what it says to the parent
     scales: list[Tensor]  # by which products were divided
-    transition: list[Matrix | None]  # along the edge to each node
+    along: dict[int, Matrix]  # edges, by their lengths
 
 
 def _inside(tree: Tree, seen: Seen, step: Matrix) -> _Inside:
     """Leaves to roots."""
     own_of = _by_node(tree, seen)
-    by_length = powers(step, (tree.length[v] for v in tree.edges))
+    along = powers(step, (tree.length[v] for v in tree.edges))
     factors: list[list[Vector]] = [[] for _ in tree.parent]
     inside: list[Vector] = [()] * len(tree.parent)
     said: list[Vector] = [()] * len(tree.parent)
-    transition: list[Matrix | None] = [None] * len(tree.parent)
     scales: list[Tensor] = []
     for v in reversed(range(len(tree.parent))):
         if v in own_of:
             factors[v].append(own_of[v])
-        own, divisors = _times(factors[v], step)
+        inside[v], divisors = _times(factors[v], step)
         scales += divisors
-        inside[v] = own
         if tree.parent[v] >= 0:
-            along = by_length[tree.length[v]]
-            transition[v] = along
-            said[v] = tuple(_dot(row, own) for row in along)
+            said[v] = tuple(_dot(row, inside[v]) for row in along[tree.length[v]])
             factors[tree.parent[v]].append(said[v])
-    return _Inside(inside, said, scales, transition)
+    return _Inside(inside, said, scales, along)
 
 
 def _by_node(tree: Tree, seen: Seen) -> dict[int, Vector]:
@@ -218,8 +214,7 @@ def posterior(tree: Tree, seen: Seen, step: Matrix, root: Vector) -> Posterior:
     outside: list[Vector] = [root] * len(tree.parent)
     pairs = []
     for c in tree.edges:  # parents before children, so that what is outside of the parent is known
-        v, along = tree.parent[c], found.transition[c]
-        assert along is not None
+        v, along = tree.parent[c], found.along[tree.length[c]]
         others = [outside[v], *(found.said[d] for d in tree.edges if tree.parent[d] == v and d != c)]
         if v in own_of:
             others.append(own_of[v])

@@ -150,7 +150,8 @@ class Template:
             for row in self.rows[1:]
             if row in dims
         ]
-        faults += [f"{name} must be a function" for name in ("model",) if not callable(self.model)]
+        if not callable(self.model):
+            faults.append("model must be a function")
         params = getattr(self.prior, "__dataclass_params__", None)
         if isinstance(self.prior, type) or params is None or not params.frozen:
             faults.append("prior must be a value of a frozen dataclass")

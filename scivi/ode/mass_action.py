@@ -56,7 +56,10 @@ def mass_action(
     n, count = stoichiometry.shape
     names = tuple(states) if states is not None else tuple(map(str, range(n)))
     coefficients = tuple(parameters) if parameters is not None else tuple(f"k{r + 1}" for r in range(count))
-    return _Network(reactants, stoichiometry).system(names, coefficients)
+    net = _Network(reactants, stoichiometry)
+    return System(
+        names, coefficients, net.rate, net.jacobian, None, net.curvature, back=net.back, pull=net.pull
+    )
 
 
 def _faults(reactants: Sequence[Sequence[int]], stoichiometry: np.ndarray) -> list[str]:
@@ -91,7 +94,7 @@ class _Network:
         bare = 1.0 - of.sum(-1)
         # of df_a/dy_b: by the derivative of the first factors, then of the second
         blocks = np.einsum("ar,srb->srab", stoichiometry, of).reshape(2 * count, n * n)
-        self.n, self.count = n, count
+        self.n = n
         self.kept: dict[torch.device, tuple[Tensor, ...]] = {}
         of = of.reshape(2 * count, n)
         self.arrays = (stoichiometry, stoichiometry.T.copy(), of, of.T.copy(), bare.reshape(-1), blocks)
@@ -101,10 +104,6 @@ class _Network:
         if y.device not in self.kept:
             self.kept[y.device] = tuple(torch.tensor(a, dtype=y.dtype, device=y.device) for a in self.arrays)
         return self.kept[y.device]
-
-    def system(self, states: tuple[str, ...], parameters: tuple[str, ...]) -> System:
-        own = {"rate": self.rate, "jacobian": self.jacobian, "curvature": self.curvature}
-        return System(states, parameters, **own, slope=None, back=self.back, pull=self.pull)
 
     def factors(self, y: Tensor) -> tuple[Tensor, Tensor]:
         _, _, _, states, bare, _ = self.on(y)

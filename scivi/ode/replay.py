@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scivi.ode.path import Path
-from scivi.ode.rodas import GAMMA, N_STAGES, Step, Weights, factors, solved, weights, within
+from scivi.ode.rodas import GAMMA, N_STAGES, Step, Weights, factors, weights, within
 from scivi.ode.system import System
 
 AT_ONCE = 8000  # entries of one step's matrices, B n^2, up to which all steps are done at once (our choice)
@@ -81,7 +81,7 @@ def _pulled(
     of_y, values = torch.zeros_like(step.y), torch.empty_like(u)
     both = step.y.new_empty(2, *step.y.shape)  # asked by a stage of where it is, and of those it carries
     for i in reversed(range(N_STAGES)):
-        both[1] = solved(lu, to_u[i], transposed=True)
+        both[1] = torch.linalg.lu_solve(*lu, to_u[i].unsqueeze(-1), adjoint=True).squeeze(-1)
         torch.mul(long, both[1], out=values[i])
         both[0] = system.back(at[i], there[i], p, values[i])
         of_y += both[0]

@@ -21,30 +21,16 @@ from scivi.ode.system import System
 
 ORDER, N_STAGES = 5, 8
 GAMMA = 0.21193756319429014
+_A6 = (-7.502846399306121, 2.561846144803919, -11.627539656261098, -0.18268767659942256, 0.030198172008377946)
 A = (
     (),
     (3.0,),
     (2.849394379747939, 0.45842242204463923),
     (-6.954028509809101, 2.489845061869568, -10.358996098473584),
     (2.8029986275628964, 0.5072464736228206, -0.3988312541770524, -0.04721187230404641),
-    (-7.502846399306121, 2.561846144803919, -11.627539656261098, -0.18268767659942256, 0.030198172008377946),
-    (
-        -7.502846399306121,
-        2.561846144803919,
-        -11.627539656261098,
-        -0.18268767659942256,
-        0.030198172008377946,
-        1.0,
-    ),
-    (
-        -7.502846399306121,
-        2.561846144803919,
-        -11.627539656261098,
-        -0.18268767659942256,
-        0.030198172008377946,
-        1.0,
-        1.0,
-    ),
+    _A6,
+    (*_A6, 1.0),  # the last two stages begin where the stage before has come to
+    (*_A6, 1.0, 1.0),
 )
 C = (
     (),
@@ -182,11 +168,6 @@ def factors(system: System, step: Step, p: Tensor) -> tuple[Tensor, Tensor]:
     matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
     lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
     return lu, pivots
-
-
-def solved(lu: tuple[Tensor, Tensor], right: Tensor, *, transposed: bool = False) -> Tensor:
-    """The solution for right-hand sides (B, state)."""
-    return torch.linalg.lu_solve(*lu, right.unsqueeze(-1), adjoint=transposed).squeeze(-1)
 
 
 def stages(system: System, step: Step, p: Tensor, by: Weights) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ Method = Literal["auto", "rodas5p", "dopri5", "dopri8"]
 # |eigenvalue| x time beyond which stability and not accuracy sets the explicit step (our choice).
 STIFF = 100.0
 DIFFERENCE = 1e-4  # of a parameter or state, for second derivatives (our choice)
-PILOTS, PILOT_RTOL = 4, 1e-3  # entries solved to see how stiff they are, and how well (our choice)
+# Entries solved to see how stiff they are, how well, and in how many steps at most (our choice).
+PILOTS, PILOT_RTOL, PILOT_STEPS = 4, 1e-3, 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,9 @@ def solve(
     Raises:
         DataError: listing shapes that do not fit, times out of order, or numbers that are not finite.
     """
-    p, y0, times, begin, jumps = _arguments(system, p, y0, times, start, stops, rtol, atol)
-    allowed = torch.as_tensor(atol, dtype=p.dtype, device=p.device)
-    tolerance = Tolerance(rtol, allowed, max_steps)
+    p, y0, times, begin, jumps, tolerance = _arguments(
+        system, p, y0, times, start, stops, rtol, atol, max_steps
+    )
     if method == "auto":
         stiff = stiffness(system, p, y0, times, start=begin, stops=jumps, atol=atol) > STIFF
         method = "rodas5p" if stiff else "dopri5"
@@ -102,8 +103,8 @@ def solve(
         method = "rodas5p"
     if method != "rodas5p":
         raise Unsupported(f'there is no method "{method}"; there are rodas5p, dopri5, dopri8 and auto.')
-    values, *told = _Replayed.apply(p, y0, times, begin, jumps, system, tolerance)  # type: ignore[misc]
-    reason, n_steps, n_rejected = told
+    found = _Replayed.apply(p, y0, times, begin, jumps, system, tolerance)
+    values, reason, n_steps, n_rejected = found  # type: ignore[misc]
     return Solution(values, reason == Reason.SOLVED, reason, n_steps, n_rejected, method)
 
 
@@ -122,9 +123,10 @@ def stiffness(
 
     An explicit method needs about a third as many steps to stay stable. NaN counts as infinite.
     """
-    p, y0, times, begin, jumps = _arguments(system, p, y0, times, start, stops, PILOT_RTOL, atol)
+    p, y0, times, begin, jumps, tolerance = _arguments(
+        system, p, y0, times, start, stops, PILOT_RTOL, atol, PILOT_STEPS
+    )
     some = torch.linspace(0, len(p) - 1, min(PILOTS, len(p)), device=p.device).round().long()
-    tolerance = Tolerance(PILOT_RTOL, torch.as_tensor(atol, dtype=p.dtype, device=p.device), 500)
     jumps = None if jumps is None else jumps[some]
     path = integrate(system, p[some], y0[some], times[some], begin[some], jumps, tolerance)
     if not bool((path.reason == Reason.SOLVED).all()):
@@ -153,8 +155,9 @@ def sensitivities(
     Returns:
         The solution; dy/dp (B, time, state, parameter); dy/dy0 (B, time, state, state).
     """
-    p, y0, times, begin, jumps = _arguments(system, p, y0, times, start, stops, rtol, atol)
-    tolerance = Tolerance(rtol, torch.as_tensor(atol, dtype=p.dtype, device=p.device), max_steps)
+    p, y0, times, begin, jumps, tolerance = _arguments(
+        system, p, y0, times, start, stops, rtol, atol, max_steps
+    )
     with torch.no_grad():
         path = integrate(system, p, y0, times, begin, jumps, tolerance)
     of_p, of_y0 = replay.sensitivities(system, p, path)
@@ -179,18 +182,10 @@ class _Replayed(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         size = max(1, ENTRIES_AT_ONCE // y0.shape[-1])
         pieces = [slice(first, first + size) for first in range(0, len(p), size)]
-        paths = [
-            integrate(
-                system,
-                p[rows],
-                y0[rows],
-                times[rows],
-                begin[rows],
-                None if jumps is None else jumps[rows],
-                tolerance,
-            )
-            for rows in pieces
-        ]
+        paths = []
+        for rows in pieces:
+            stops = None if jumps is None else jumps[rows]
+            paths.append(integrate(system, p[rows], y0[rows], times[rows], begin[rows], stops, tolerance))
         ctx.save_for_backward(p, y0)
         ctx.system, ctx.pieces, ctx.paths = system, pieces, paths
         told = [torch.cat(x) for x in zip(*((t.reason, t.count, t.rejected) for t in paths), strict=True)]
@@ -222,10 +217,8 @@ class _Pulled(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(values, p, y0)
         ctx.system, ctx.pieces, ctx.paths = system, pieces, paths
-        found = [
-            replay.gradient(system, p[rows], path, values[rows])
-            for rows, path in zip(pieces, paths, strict=True)
-        ]
+        both = zip(pieces, paths, strict=True)
+        found = [replay.gradient(system, p[rows], path, values[rows]) for rows, path in both]
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     @staticmethod
@@ -234,8 +227,7 @@ class _Pulled(torch.autograd.Function):
         values, p, y0 = ctx.saved_tensors
         parts = []
         for rows, path in zip(ctx.pieces, ctx.paths, strict=True):
-            here = (p[rows], y0[rows])
-            along = (of_p[rows], of_y0[rows])
+            here, along = (p[rows], y0[rows]), (of_p[rows], of_y0[rows])
             size = torch.cat([_relative(d, x) for d, x in zip(along, here, strict=True)], 1).amax(1)
             e = (DIFFERENCE / size.clamp_min(torch.finfo(p.dtype).tiny)).clamp_max(1.0).unsqueeze(-1)
             sides = []
@@ -263,7 +255,8 @@ def _arguments(
     stops: Tensor | Sequence[float] | None,
     rtol: float,
     atol: Tensor | float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    max_steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tolerance]:
     """Everything as a batch; all that is wrong in one error."""
     faults, size, n = [], len(p) if p.dim() else 0, len(system.states)
     if p.dim() != 2 or p.shape[1] != len(system.parameters):
@@ -297,7 +290,9 @@ def _arguments(
     if faults:
         raise DataError(listed("these equations cannot be solved:", faults))
     jumps = None if jumps is None else jumps.expand(size, -1).contiguous()
-    return p, y0.expand(size, n), times.expand(size, -1).contiguous(), begin.expand(size), jumps
+    times = times.expand(size, -1).contiguous()
+    tolerance = Tolerance(rtol, torch.as_tensor(atol, dtype=p.dtype, device=p.device), max_steps)
+    return p, y0.expand(size, n), times, begin.expand(size), jumps, tolerance
 
 
 def _explicit(
@@ -316,7 +311,6 @@ def _explicit(
     if jumps is not None or bool((begin != begin[0]).any()):
         return None
     grid, place = torch.unique(torch.cat([begin[:1], times.flatten()]), return_inverse=True)
-    options = {"max_num_steps": tolerance.max_steps}
     evaluations = 0
 
     def rate(t: Tensor, y: Tensor) -> Tensor:
@@ -327,16 +321,10 @@ def _explicit(
     if len(grid) == 1:
         values = y0.unsqueeze(1).expand(-1, times.shape[1], -1)
     else:
+        allowed: Any = {"rtol": tolerance.rtol, "atol": tolerance.atol}
         try:
-            found = odeint(
-                rate,
-                y0,
-                grid,
-                rtol=tolerance.rtol,
-                atol=cast(Any, tolerance.atol),
-                method=method,
-                options=options,
-            )
+            options = {"max_num_steps": tolerance.max_steps}
+            found = odeint(rate, y0, grid, **allowed, method=method, options=options)
         except AssertionError:  # a step too small, or too many of them: what torchdiffeq raises
             return None
         who = torch.arange(len(p), device=p.device).unsqueeze(-1)

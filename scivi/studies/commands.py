@@ -65,7 +65,7 @@ def run(
     if not quiet:
         typer.echo(f"{len(manifest.rows)} fits, {len(rows)} to run.")
     if executor == "slurm":
-        executors.slurm(gather)(out, manifest, rows)
+        executors.slurm(out, manifest, rows, gather)
         if not quiet:
             typer.echo(f"Submitted. scivi study watch {out}")
         return
@@ -84,7 +84,7 @@ def run(
 
         try:
             if rows:
-                executors.local(jobs, look)(out, manifest, rows)
+                executors.local(out, manifest, rows, jobs, look)
         except KeyboardInterrupt:
             typer.echo("Stopped; the same command goes on.", err=True)
             raise typer.Exit(AGAIN) from None
@@ -191,8 +191,10 @@ def retry(
     executors.retry(folder, manifest, all_causes=all_causes)
     rows = executors.unfinished(folder, manifest)
     typer.echo(f"{len(rows)} to run.")
-    if rows:
-        (executors.slurm() if executor == "slurm" else executors.local(jobs))(folder, manifest, rows)
+    if rows and executor == "slurm":
+        executors.slurm(folder, manifest, rows)
+    elif rows:
+        executors.local(folder, manifest, rows, jobs)
 
 
 @app.command()

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from scivi.errors import StudyError
 from scivi.files import write_json
@@ -24,58 +23,55 @@ _LOOK_S = 0.5  # between two looks at the workers
 _ARRAY = 1000  # tasks of an array, if Slurm does not say how many it takes
 
 
-class Executor(Protocol):
-    """Runs fits of a study that have not ended."""
-
-    def __call__(self, folder: Path, manifest: Manifest, rows: Sequence[Row]) -> None:
-        """Run them, or hand them to what runs them."""
-        ...
-
-
 def unfinished(folder: Path, manifest: Manifest) -> list[Row]:
     """Fits that nobody has ended, runs, or has queued."""
     return [s.row for s in standings(folder, manifest) if s.state in ("waiting", "stopped", "vanished")]
 
 
-def local(jobs: int = 1, look: Callable[[], None] = lambda: None) -> Executor:
-    """So many processes of this machine, until all fits have ended; a worker that is killed is replaced.
+def local(
+    folder: Path, manifest: Manifest, rows: Sequence[Row], jobs: int, look: Callable[[], None] = lambda: None
+) -> None:
+    """Run fits in so many processes of this machine, until all have ended; one that is killed is replaced.
 
     Args:
+        folder: of the study.
+        manifest: of the study.
+        rows: the fits.
         jobs: processes.
         look: called now and then, to show how things stand.
+
+    Raises:
+        StudyError: some could not be ended.
+        KeyboardInterrupt: a signal to stop came, and the processes have stopped.
     """
+    call = [sys.executable, "-m", "scivi.studies.task", str(folder)]
+    log = folder / "log" / "local.txt"
+    log.parent.mkdir(exist_ok=True)
+    environment = {**os.environ, **_threads(manifest.resources)}
+    with log.open("a") as out, _told_to_stop() as stopped:
 
-    def execute(folder: Path, manifest: Manifest, rows: Sequence[Row]) -> None:
-        call = [sys.executable, "-m", "scivi.studies.task", str(folder)]
-        log = folder / "log"
-        log.mkdir(exist_ok=True)
-        environment = {**os.environ, **_threads(manifest.resources)}
-        with (log / "local.txt").open("a") as out, _told_to_stop() as stopped:
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(call, env=environment, stdout=out, stderr=out, start_new_session=True)
 
-            def start() -> subprocess.Popen[bytes]:
-                return subprocess.Popen(call, env=environment, stdout=out, stderr=out, start_new_session=True)
-
-            workers = [start() for _ in range(min(jobs, len(rows)))]
-            most = len(rows) * (manifest.retries + 1)  # restarts: a full disk would ask for more and more
-            while workers:
-                if stopped:
-                    for worker in workers:
-                        worker.terminate()
-                    for worker in workers:
-                        worker.wait()
-                    raise KeyboardInterrupt
-                time.sleep(_LOOK_S)
-                look()
-                gone = [w for w in workers if w.poll() is not None]
-                workers = [w for w in workers if w.poll() is None]
-                for _ in gone:
-                    if unfinished(folder, manifest) and most > 0:
-                        workers.append(start())
-                        most -= 1
-        if left := unfinished(folder, manifest):
-            raise StudyError(f"{len(left)} fits could not be ended; {log / 'local.txt'} says why.")
-
-    return execute
+        workers = [start() for _ in range(min(jobs, len(rows)))]
+        most = len(rows) * (manifest.retries + 1)  # restarts: a full disk would ask for more and more
+        while workers:
+            if stopped:
+                for worker in workers:
+                    worker.terminate()
+                for worker in workers:
+                    worker.wait()
+                raise KeyboardInterrupt
+            time.sleep(_LOOK_S)
+            look()
+            gone = [w for w in workers if w.poll() is not None]
+            workers = [w for w in workers if w.poll() is None]
+            for _ in gone:
+                if unfinished(folder, manifest) and most > 0:
+                    workers.append(start())
+                    most -= 1
+    if left := unfinished(folder, manifest):
+        raise StudyError(f"{len(left)} fits could not be ended; {log} says why.")
 
 
 @contextmanager
@@ -97,39 +93,37 @@ def _threads(resources: Resources) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(resources.cpus), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def slurm(gather: bool = False) -> Executor:
-    """Arrays of Slurm, as large as it takes them; returns when they are submitted.
+def slurm(folder: Path, manifest: Manifest, rows: Sequence[Row], gather: bool = False) -> None:
+    """Hand fits to Slurm in arrays as large as it takes; returns when they are submitted.
 
     Args:
+        folder: of the study.
+        manifest: of the study.
+        rows: the fits.
         gather: submit, to run after them, a job that gathers.
 
     Raises:
         StudyError: there is no Slurm here, or it refuses; its own words are told.
     """
-
-    def execute(folder: Path, manifest: Manifest, rows: Sequence[Row]) -> None:
-        if shutil.which("sbatch") is None:
-            raise StudyError("there is no sbatch here: submit on a login node, or use the local executor.")
-        (folder / "log").mkdir(exist_ok=True)
-        most, sent = _largest_array(), told(folder / "submissions.json").get("arrays", [])
-        new = []
-        for first in range(0, len(rows), most):
-            some = [row.id for row in rows[first : first + most]]
-            job = _submitted(script(folder, manifest, some))
-            new.append(job)
-            sent.append({"job": job, "fits": some})
-            write_json(folder / "submissions.json", {"arrays": sent})
-        if gather and new:
-            _submitted(_gathering(folder, manifest, new))
-
-    return execute
+    if shutil.which("sbatch") is None:
+        raise StudyError("there is no sbatch here: submit on a login node, or use the local executor.")
+    (folder / "log").mkdir(exist_ok=True)
+    most, sent = _largest_array(), told(folder / "submissions.json").get("arrays", [])
+    new = []
+    for first in range(0, len(rows), most):
+        some = [row.id for row in rows[first : first + most]]
+        job = _submitted(script(folder, manifest, some))
+        new.append(job)
+        sent.append({"job": job, "fits": some})
+        write_json(folder / "submissions.json", {"arrays": sent})
+    if gather and new:
+        _submitted(_gathering(folder, manifest, new))
 
 
 def script(folder: Path, manifest: Manifest, ids: Sequence[str]) -> str:
     """The batch script that runs these fits as one array."""
     asked, folder = manifest.resources, folder.absolute()
     throttle = f"%{asked.at_once}" if asked.at_once else ""
-    fits = " ".join(ids)
     lines = [
         "#!/bin/bash",
         *_options(
@@ -147,7 +141,7 @@ def script(folder: Path, manifest: Manifest, ids: Sequence[str]) -> str:
             *asked.sbatch,
         ),
         *asked.before,
-        f"fits=({fits})",
+        f"fits=({' '.join(ids)})",
         *(f"export {name}={value}" for name, value in _threads(asked).items()),
         f"cd {shlex.quote(manifest.folder)}",
         # exec: the warning signal is for Python

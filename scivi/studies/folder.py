@@ -27,6 +27,7 @@ from scivi.watch import HISTORY, entries
 
 STATES = ("done", "running", "queued", "waiting", "stopped", "vanished", "failed")
 ENDED = ("done", "failed")
+_TAIL = 4096  # bytes at the end of a history in which its last entry stands
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,11 @@ def _standing(folder: Path, row: Row, job: str | None) -> Standing:
     return Standing(row, "stopped" if attempt.get("stopped") else "vanished", attempt, last)
 
 
-def _last(path: Path, bytes_read: int = 4096) -> dict[str, float]:
+def _last(path: Path) -> dict[str, float]:
     """The last entry of a history."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - bytes_read))
+            file.seek(max(0, file.seek(0, 2) - _TAIL))
             found = entries(file.read())
     except FileNotFoundError:
         return {}

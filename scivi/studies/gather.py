@@ -35,9 +35,8 @@ def names(manifest: Manifest) -> tuple[dict[str, str], dict[str, str]]:
     """Short names of templates and data, as short as tells them apart."""
     templates = list(dict.fromkeys(row.template for row in manifest.rows))
     paths = list(dict.fromkeys(row.data for row in manifest.rows))
-    return _short([t.replace(":", ".").split(".") for t in templates], templates), _short(
-        [Path(p).parts for p in paths], paths
-    )
+    modules = [t.replace(":", ".").split(".") for t in templates]
+    return _short(modules, templates), _short([Path(p).parts for p in paths], paths)
 
 
 def _short(parts: Sequence[Sequence[str]], whole: Sequence[str]) -> dict[str, str]:
@@ -64,10 +63,8 @@ def diagnostics(folder: Path, manifest: Manifest | None = None) -> xr.Dataset:
         **{name: [getattr(s.row, name) for s in found] for name in VARIANTS},
     }
     columns: dict[str, Any] = {"state": [s.state for s in found]}
-    for name in _NUMBERS:
-        columns[name] = np.array([s.told.get(name, np.nan) for s in found], float)
-    for name in _WORDS:
-        columns[name] = [str(s.told.get(name) or "") for s in found]
+    columns |= {name: np.array([s.told.get(name, np.nan) for s in found], float) for name in _NUMBERS}
+    columns |= {name: [str(s.told.get(name) or "") for s in found] for name in _WORDS}
     columns["why"] = ["\n".join(s.told.get("why", [])) for s in found]
     coords = {"fit": [s.row.id for s in found]} | {n: ("fit", v) for n, v in axes.items()}
     table = xr.Dataset({n: ("fit", v) for n, v in columns.items()}, coords).rename(number="attempts")
@@ -128,9 +125,8 @@ def _groups(folder: Path, manifest: Manifest) -> dict[str, list[Standing]]:
 def _write_group(store: Path, group: str, fits: Sequence[Standing], folder: Path) -> None:
     """One template's posteriors of one data set, each fit at its place along the axes."""
     labels = {name: list(dict.fromkeys(getattr(s.row, name) for s in fits)) for name in VARIANTS}
-    shape = tuple(map(len, labels.values()))
     first = _posterior(folder, fits[0])
-    _lay_out(store, group, first, labels, shape)
+    _lay_out(store, group, first, labels)
     import zarr
 
     node: Any = zarr.open_group(str(store), path=group, mode="r+", zarr_format=_ZARR)
@@ -154,9 +150,7 @@ def _posterior(folder: Path, standing: Standing) -> xr.Dataset:
     return xr.open_dataset(path, group="posterior", engine=engine, decode_timedelta=False)
 
 
-def _lay_out(
-    store: Path, group: str, like: xr.Dataset, labels: Mapping[str, list[Any]], shape: tuple[int, ...]
-) -> None:
+def _lay_out(store: Path, group: str, like: xr.Dataset, labels: Mapping[str, list[Any]]) -> None:
     """Empty arrays for all fits of a group, with labels: NaN where there is no fit."""
     import zarr
 
@@ -167,8 +161,8 @@ def _lay_out(
         kind = variable.dtype if variable.dtype.kind == "f" else np.dtype("float64")
         array = node.create_array(
             str(name),
-            shape=(*shape, *variable.shape),
-            chunks=(*(1 for _ in shape), *variable.shape),
+            shape=(*map(len, labels.values()), *variable.shape),
+            chunks=(*(1 for _ in labels), *variable.shape),
             dtype=kind,
             fill_value=np.nan,
         )

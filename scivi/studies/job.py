@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
@@ -70,10 +70,10 @@ class Job:
         from scivi.models.template import Template
 
         data: Any = self.data
-        if isinstance(template, Template) and self.make:
-            raise TemplateError(f'"{self.template}" is a template and no function: there is nothing to make.')
         if not isinstance(template, Template):
             template, data = self._made(template, offered)
+        elif self.make:
+            raise TemplateError(f'"{self.template}" is a template and no function: there is nothing to make.')
         template = with_prior(template, self.prior)
         return template, opened(template, data, self.dims, self.columns, self.select)
 
@@ -84,9 +84,7 @@ class Job:
         try:
             signature(maker).bind(self.data)
         except (TypeError, ValueError):  # nothing, or nothing that can be called with one argument
-            module, _, name = self.template.partition(":")
-            what = f'module "{module}" has no template "{name}", and no function of DATA so called'
-            raise TemplateError(f"{what}; it has {offered}{_meant(self.template)}") from None
+            raise _absent(self.template, offered, ", and no function of DATA so called") from None
         if not self.data.exists():
             raise DataError(f'there is no "{self.data}".')
         try:
@@ -133,15 +131,15 @@ def template_called(reference: str, prior: Mapping[str, Any]) -> Template:
     if callable(found):
         why = "is a function; without data a template is needed"
         raise TemplateError(f'"{reference}" {why}. Its module has {offered}.')
-    module, _, name = reference.partition(":")
-    raise TemplateError(f'module "{module}" has no template "{name}"; it has {offered}{_meant(reference)}')
+    raise _absent(reference, offered)
 
 
-def _meant(reference: str) -> str:
-    """The nearest name in the same module, if any is near, and the end of a sentence."""
+def _absent(reference: str, offered: str, besides: str = "") -> TemplateError:
+    """The error for a name that a module does not have; the nearest is told, if any is near."""
     module, _, name = reference.partition(":")
-    same = [other for other in neighbours(reference) if other.partition(":")[0] == module]
-    return near(name, (other.partition(":")[2] for other in same)) or "."
+    same = [other.partition(":")[2] for other in neighbours(reference) if other.startswith(f"{module}:")]
+    guess = near(name, same) or "."
+    return TemplateError(f'module "{module}" has no template "{name}"{besides}; it has {offered}{guess}')
 
 
 def with_prior(template: Template, changes: Mapping[str, Any]) -> Template:
@@ -226,7 +224,9 @@ def run(
 
     first = team().rank == 0  # of several processes that share the fit: it writes
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out) if first else nullcontext():
+    with locked(out / ".fit.lock") if first else nullcontext(True) as alone:
+        if not alone:
+            raise CheckpointError(f'"{out}" is in use: another process is fitting there.')
         history = out / "history.jsonl"
         if first and not resume:  # it would go on in the file of the fit before
             history.unlink(missing_ok=True)
@@ -242,46 +242,42 @@ def run(
         summary |= {key: ended[key] for key in ("stopped", "steps", "wall_s") if key in ended}
         if ended["stopped"] == "signal":
             return summary
-        n_draws, to = _amount(job.draws, _entries(result.template, source), out)
+        n_draws, to = _amount(job.draws, result.template, source, out)
         if not first and to.suffix != ".zarr":  # which they write together
             return summary
-        more: dict[str, Any] = {"predictive": True, "progress": progress}
-        tree = draws.draw(result, source, n_draws, seed=how.seed, to=to, **more)
+        tree = draws.draw(result, source, n_draws, seed=how.seed, to=to, predictive=True, progress=progress)
         summary["posterior"] = str(to)
         if not first:
             return summary
-        return summary | judge(tree, *((out / "report.html", out / "figures") if report else (None,)))
+        page, figures = (out / "report.html", out / "figures") if report else (None, None)
+        return summary | judge(tree, page, figures)
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Refuse to share a folder with another process."""
-    with locked(out / ".fit.lock") as ours:
-        if not ours:
-            raise CheckpointError(f'"{out}" is in use: another process is fitting there.')
-        yield
-
-
-def _entries(template: Template, source: Any) -> int:
-    """Observed entries, of which each draw makes a replicate."""
-    return sum(math.prod(source.sizes[d] for d in template.fields[n].dims) for n in template.observed)
-
-
-def _amount(draws: int | None, entries: int, out: Path) -> tuple[int, Path]:
+def _amount(draws: int | None, template: Template, source: Any, out: Path) -> tuple[int, Path]:
     """How many draws a fit leaves, and the file: zarr, written as rows come, where they are many."""
+    # observed entries, of which each draw makes a replicate
+    entries = sum(math.prod(source.sizes[d] for d in template.fields[n].dims) for n in template.observed)
     if draws is None:
         draws = max(FEWEST_DRAWS, min(MOST_DRAWS, NUMBERS // max(1, entries)))
     return draws, out / ("posterior.zarr" if draws * entries > 8 * NUMBERS else "posterior.nc")
 
 
-def judge(tree: xr.DataTree, page: Path | None, figures: Path | None = None, **beside: Any) -> dict[str, Any]:
+def judge(
+    tree: xr.DataTree,
+    page: Path | None,
+    figures: Path | None = None,
+    *,
+    reference: xr.DataTree | None = None,
+    truth: xr.Dataset | None = None,
+) -> dict[str, Any]:
     """Write the report and figures, if asked; what a summary says of them.
 
     Args:
         tree: a posterior.
         page: to write, if any.
         figures: folder for them.
-        **beside: reference and truth, as ``scivi.analysis.report`` takes them.
+        reference: to compare with, as ``scivi.analysis.report`` takes it.
+        truth: of simulated data, likewise.
     """
     from matplotlib.figure import Figure
 
@@ -289,7 +285,7 @@ def judge(tree: xr.DataTree, page: Path | None, figures: Path | None = None, **b
     from scivi.analysis import groups
     from scivi.analysis.report import MOST_ROWS
 
-    table = analysis.report(tree, to=page, **beside)
+    table = analysis.report(tree, to=page, reference=reference, truth=truth)
     summary = {"verdict": table.attrs["verdict"], "why": json.loads(table.attrs["why"])}
     summary |= {} if page is None else {"report": str(page)}
     if figures is None:

@@ -24,7 +24,6 @@ A study holds names and numbers only. Nothing here loads torch, or a template's 
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import importlib.util
@@ -37,6 +36,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scivi.catalogue import near
 from scivi.errors import PlanError, StudyError, listed
 from scivi.files import write_json
 from scivi.inference.plan import Plan
@@ -45,7 +45,6 @@ from scivi.version import version
 
 DEFAULT = "default"  # plan and prior as the template has them
 _HASHED = 12  # characters of a hash: two of a million fits are alike with a chance of .002
-_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -167,8 +166,8 @@ class Manifest:
         except json.JSONDecodeError as error:
             raise StudyError(f'"{folder / "study.json"}" is damaged: {error}.') from None
         rows = tuple(Row(**row) for row in told["rows"])
-        rest = {name: told[name] for name in ("retries", "report")}
-        return cls(told["name"], told["folder"], rows, Resources.of(told["resources"]), **rest)
+        asked = Resources.of(told["resources"])
+        return cls(told["name"], told["folder"], rows, asked, told["retries"], told["report"])
 
 
 # what each table of a study file holds
@@ -237,8 +236,7 @@ def _wrong(table: Any, known: Mapping[str, Any], what: str) -> list[str]:
     faults = []
     for name, value in (table if isinstance(table, dict) else {}).items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            guess = f'; did you mean "{near[0]}"?' if near else f"; it has {', '.join(known)}"
+            guess = near(name, known) or f"; it has {', '.join(known)}"
             faults.append(f'{what} has no "{name}"{guess}')
             continue
         kinds = known[name] if isinstance(known[name], tuple) else (known[name],)
@@ -299,19 +297,12 @@ def _rows(block: Mapping[str, Any], table: Mapping[str, Any], folder: Path) -> I
     for template in _several(block["template"]):
         code = _hash_of_files(_source_files(template, folder) or [])
         for (path, plan, prior), seed in itertools.product(itertools.product(paths, plans, priors), seeds):
-            changes = {} if plan == DEFAULT and plan not in table.get("plans", {}) else table["plans"][plan]
-            numbers = (
-                {} if prior == DEFAULT and prior not in table.get("priors", {}) else table["priors"][prior]
-            )
+            changes = table.get("plans", {}).get(plan, {})
+            numbers = table.get("priors", {}).get(prior, {})
             decides = [version(), template, code, hashes[path], seed, changes, numbers, shared]
             found = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
-            variant: dict[str, Any] = {
-                "changes": changes,
-                "numbers": numbers,
-                **shared,
-                "data_hash": hashes[path],
-            }
-            yield Row(found[:_HASHED], template, path, plan, prior, seed, **variant)
+            own = found[:_HASHED], template, path, plan, prior, seed, changes, numbers
+            yield Row(*own, **shared, data_hash=hashes[path])
 
 
 def _several(value: Any) -> list[Any]:
@@ -320,7 +311,7 @@ def _several(value: Any) -> list[Any]:
 
 def _matching(pattern: str, folder: Path) -> list[str]:
     """Paths of a glob, absolute."""
-    return sorted(glob.glob(str(folder / pattern), recursive=True))
+    return glob.glob(str(folder / pattern), recursive=True)
 
 
 def _source_files(template: Any, folder: Path) -> list[Path] | None:
@@ -350,6 +341,5 @@ def _hash_of_files(paths: Sequence[Path]) -> str:
         if len(paths) > 1:
             found.update(path.name.encode())
         with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                found.update(block)
+            hashlib.file_digest(file, lambda: found)
     return found.hexdigest()[:16]

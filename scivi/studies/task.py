@@ -108,7 +108,7 @@ def _begun(before: Mapping[str, Any]) -> dict[str, Any]:
     number = before.get("number", 0) + (0 if before.get("stopped") else 1)
     begun = datetime.now(UTC).isoformat(timespec="seconds")
     where = {"host": socket.gethostname(), "process": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-    return {"number": max(1, number), "begun": begun, **where}
+    return {"number": number, "begun": begun, **where}
 
 
 def _end(fit: Path, attempt: Mapping[str, Any], cause: str = "", message: str = "") -> str:
@@ -155,12 +155,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     manifest = Manifest.read(given.folder)
     sys.path[:0] = [p for p in (manifest.folder, os.getcwd()) if p not in sys.path]
-    for row in manifest.rows:
-        if given.fit not in (None, row.id):
-            continue
-        alone = given.fit is not None
-        wait_s = LOOK_S if alone else 0.0
-        state = run_row(given.folder, manifest, row, wait_s=wait_s, progress=alone and sys.stderr.isatty())
+    alone = given.fit is not None
+    how: dict[str, Any] = {"wait_s": LOOK_S, "progress": sys.stderr.isatty()} if alone else {}
+    rows = [row for row in manifest.rows if given.fit in (None, row.id)]
+    if alone and not rows:
+        parser.error(f"{given.folder} has no fit {given.fit}")
+    for row in rows:
+        state = run_row(given.folder, manifest, row, **how)
         print(f"{row.id} {state}: {row.label}", flush=True)
         if state == "again" or (state == "busy" and alone):
             _requeue()

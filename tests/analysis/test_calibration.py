@@ -110,3 +110,5 @@ def test_sbc_of_a_list_of_simulations(catalogue):
 def test_sbc_without_draws_is_refused():
     with pytest.raises(DataError, match="sbc needs the number of draws"):
         sbc(xr.Dataset({"a": ("simulation", [1, 2])}))
+    with pytest.raises(DataError, match="sbc needs the number of draws"):
+        sbc(xr.Dataset(), draws=10)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from scivi.analysis import compare, summary
 from scivi.analysis.comparison import W1_FLOOR, entrywise_differences
@@ -82,6 +83,9 @@ def test_nothing_in_common_is_refused(catalogue):
     nuts["posterior"] = nuts["posterior"].to_dataset()[["mu"]].rename(mu="nu")
     with pytest.raises(DataError, match="no variable in common"):
         compare(svi, nuts)
+    both = xr.DataTree.from_dict({"posterior": svi["posterior"].to_dataset()[["mu"]] * 0.0})
+    with pytest.raises(DataError, match="constant in both"):
+        compare(both, both)
 
 
 def test_summary_is_the_exact_posterior(catalogue, exact):

@@ -235,7 +235,6 @@ def test_many_rows_are_read_some_at_a_time(monkeypatch):
     once = drift(tree(new, known))
     module = __import__("scivi.analysis.drift", fromlist=["drift"])
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 64)
-    monkeypatch.setattr(conformal, "_BLOCK", 2000)
     monkeypatch.setattr(two_samples, "_BLOCK", 2000)
     xr.testing.assert_allclose(once, drift(tree(new, known)))
     monkeypatch.setattr(module, "MOST_ROWS", 100)

@@ -240,6 +240,13 @@ def test_what_the_user_gave_is_left_as_it_was():
     assert given == replace(given)
 
 
+@pytest.mark.parametrize("n", [40, 600])  # rows that are polished, and rows that Newton finishes
+def test_the_random_stream_of_the_process_is_left_as_it_was(n):
+    before = torch.get_rng_state()
+    fit(hierarchy(OFF), rows(n), plan(steps=2, log_every=1, newton=True), progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class Coder(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -8,7 +8,8 @@ import torch
 from torch.distributions import constraints
 
 from scivi.errors import TemplateError
-from scivi.inputs.fields import Field, Tally, check_fields, describe_support, outside_support
+from scivi.inputs.batches import Batch
+from scivi.inputs.fields import RESERVED, Field, Tally, check_fields, describe_support, outside_support
 
 
 def faults_in(name: str, field: Field, values: np.ndarray, first_row: int = 0) -> list[str]:
@@ -130,6 +131,7 @@ def test_unusable_fields_list_every_fault():
         'field "2x" is not a Python name',
         'no field has role="observed": there would be nothing to learn from',
     ]
+    assert {n for n in dir(Batch) if not n.startswith("_")} | set(Batch.__annotations__) == set(RESERVED)
     bounds = {"y": replace(COUNT, at_most="n"), "z": replace(COUNT, at_most="alpha"), "alpha": RATIO}
     assert check_fields(bounds) == [
         'field "y" is at most "n", which is no field',

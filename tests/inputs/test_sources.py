@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -418,6 +419,17 @@ def test_categories_are_refused_in_memory_and_on_disk(truth, tmp_path):
     for data in (annotated(truth), tmp_path / "table.h5ad"):
         with pytest.raises(DataError, match='"kind" has entries of type object; numbers are needed'):
             opened(data, fields)
+
+
+def test_a_ragged_array_is_in_nobodys_way_until_it_is_wanted(truth, tmp_path):
+    path = tmp_path / "table.h5ad"
+    annotated(truth).write_h5ad(path)
+    with h5py.File(path, "r+") as file:  # a group, as anndata stores awkward arrays
+        ragged = file["obsm"].create_group("ragged")
+        ragged.attrs.update({"encoding-type": "awkward-array", "length": N_CELLS})
+    assert opened(from_anndata(path, {"obs": "cell"})).sizes["cell"] == N_CELLS
+    with pytest.raises(DataError, match='"ragged" has entries of type object; numbers are needed'):
+        opened(path, {**FIELDS, "ragged": Field(("cell",))})
 
 
 @pytest.mark.parametrize("few", [True, False])

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from scivi.studies.folder import claimed, standings
 from scivi.studies.manifest import Manifest, expanded
-from scivi.studies.task import run_row
+from scivi.studies.task import main, run_row
 from tests.studies.material import LONG, TEMPLATE, environment, schools, scivi, states
 
 pytestmark = pytest.mark.slow
@@ -136,6 +136,14 @@ def test_mean_and_score_are_those_of_the_normal_model(here):
             -0.5 * ((data["effect"].values[i] - m) / spread) ** 2 - np.log(spread) - 0.5 * np.log(2 * np.pi)
         )
     assert fit.told["score"] == pytest.approx(left_out, abs=1.0)
+
+
+def test_a_fit_that_the_study_does_not_have_is_told(here, capsys):
+    folder, _ = begun(here, "short")
+    with pytest.raises(SystemExit) as ended:
+        main([str(folder), "--fit", "other"])
+    assert ended.value.code == 2
+    assert "has no fit other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

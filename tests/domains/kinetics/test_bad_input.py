@@ -279,13 +279,22 @@ TOLD_OF_BAD = [
 ]
 
 
-def test_rows_that_are_no_pairs():
+def test_rows_that_are_no_pairs_and_conditions_that_are_no_table():
     with pytest.raises(TemplateError) as told:
         decay(rows=("c", ("c", ""), ("c", "b", "a")))
     assert faults_in(told) == [
         "'c' is no pair; write (condition, \"\") or (condition, before)",
         "('c', 'b', 'a') is no pair; write (condition, \"\") or (condition, before)",
     ]
+    for change, fault in (
+        ({"rows": ["ab"]}, "'ab' is no pair; write (condition, \"\") or (condition, before)"),
+        ({"rows": [["c"]]}, "['c'] is no pair; write (condition, \"\") or (condition, before)"),
+        ({"conditions": [1]}, '"conditions" is [1], and no table'),
+        ({"conditions": {"c": 2}}, 'conditions: "c" is 2, and no table'),
+    ):
+        with pytest.raises(TemplateError) as told:
+            Problem.from_dict({**decay().to_dict(), **change})
+        assert faults_in(told) == [fault]
 
 
 def test_times_and_measurements_are_told_together():
