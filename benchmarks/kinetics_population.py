@@ -49,7 +49,7 @@ from domains.kinetics.petab_problems import Observable, Parameter, Problem
 from scivi.inference.opening import open_data
 from scivi.inference.refine import refine_rows
 from scivi.inference.scores import particle_plate, quiet
-from scivi.inputs.batches import read_batch
+from scivi.inputs.batches import read_batch, some_field
 from scivi.models.binding import seeded
 from scivi.models.sites import row_dim_of, sample_sites
 
@@ -138,7 +138,7 @@ def of_held(fit: scivi.Fit, held: dict[str, Any], theta: np.ndarray) -> dict[str
         tree["sample_stats"]["row_log_weight"].values[0],
     )
     bound, template = fit.bound, fit.template
-    some = next(iter(bound.example.values.values()))
+    some = some_field(bound.example)
     batch = read_batch(open_data(template, held), template.fields, template.row_dims, {}, some)
     with seeded(1), torch.no_grad(), quiet():
         began = time.perf_counter()

@@ -188,9 +188,9 @@ def nets(
         start["background_mu"] = prior.background_mean
         start["background_sigma"] = half * prior.background_scatter
     real = ("mean", "background_mu")
-    sites = {name: ((), constraints.real if name in real else constraints.positive) for name in start}
+    supports = {name: constraints.real if name in real else constraints.positive for name in start}
     values = {name: torch.tensor(value) for name, value in start.items()}
-    normal = guides.global_normal(sites, values, scale=0.05)
+    normal = guides.global_normal(supports, values, scale=0.05)
     return apertures.Nets(normal, EachEpoch())
 
 

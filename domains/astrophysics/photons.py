@@ -135,10 +135,10 @@ def nets(sizes: Mapping[str, int], prior: Prior, *, background: Background) -> a
     if background == "hierarchical":
         start["background_mu"] = torch.full((n,), prior.background_mean)
         start["background_sigma"] = torch.full((n,), half * prior.background_scatter)
-    support: dict[str, constraints.Constraint] = dict.fromkeys(("mean", "background_mu"), constraints.real)
-    support["correlation_tril"] = constraints.corr_cholesky
-    sites = {name: (tuple(x.shape), support.get(name, constraints.positive)) for name, x in start.items()}
-    normal = guides.global_normal(sites, start, scale=0.05)
+    of: dict[str, constraints.Constraint] = dict.fromkeys(("mean", "background_mu"), constraints.real)
+    of["correlation_tril"] = constraints.corr_cholesky
+    supports = {name: of.get(name, constraints.positive) for name in start}
+    normal = guides.global_normal(supports, start, scale=0.05)
     # bands are told apart by their place
     correct = perceptron(apertures.N_FEATURES * n, apertures.N_OUTPUTS * n, (32, 32), last=0.1)
     return apertures.Nets(normal, correct)

@@ -147,17 +147,15 @@ class Nets(nn.Module):
         return found[..., 0, :], found[..., 1, :]
 
 
-def _start(
-    form: Form, prior: Prior
-) -> tuple[dict[str, tuple[tuple[int, ...], constraints.Constraint]], dict[str, Tensor]]:
-    """The global latents, with their supports, and where they begin: the prior's centres."""
+def _start(form: Form, prior: Prior) -> tuple[dict[str, constraints.Constraint], dict[str, Tensor]]:
+    """Supports of the global latents, and where they begin: the prior's centres."""
     panel = form.panel
     k, t = form.n_batches, len(panel.proteins)
-    sites: dict[str, tuple[tuple[int, ...], constraints.Constraint]] = {}
+    supports: dict[str, constraints.Constraint] = {}
     start: dict[str, Tensor] = {}
 
     def add(name: str, support: constraints.Constraint, value: Tensor) -> None:
-        sites[name], start[name] = (tuple(value.shape), support), value
+        supports[name], start[name] = support, value
 
     add(
         "log_empty" if panel.has_empties else "log_ambient", constraints.real, torch.tensor(panel.log_ambient)
@@ -174,4 +172,4 @@ def _start(
         add("log_efficiency", constraints.real, torch.zeros(k, t))
     if form.has_rna:
         add("log_theta", constraints.real, torch.zeros(len(panel.log_fractions)))
-    return sites, start
+    return supports, start

@@ -276,8 +276,8 @@ def nets(sizes: Mapping[str, int], prior: Prior) -> Nets:
     """They start at the prior's centre."""
     start = {"logit_mean": prior.logit_mean, "logit_spread": 0.0}
     start |= {f"{name}_logit": log_odds_of(name, prior)[0] for name in ERRORS}
-    sites = dict.fromkeys(start, ((), constraints.real))
-    return Nets(guides.global_normal(sites, {name: torch.tensor(value) for name, value in start.items()}))
+    values = {name: torch.tensor(value) for name, value in start.items()}
+    return Nets(guides.global_normal(dict.fromkeys(start, constraints.real), values))
 
 
 def guide_in_vitro(batch: Batch, prior: Prior, nets: Nets) -> None:

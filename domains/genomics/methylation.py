@@ -133,11 +133,11 @@ class Nets(nn.Module):
 def nets(sizes: Mapping[str, int], prior: Prior, *, form: Form) -> Nets:
     """The joint normal, started at the prior's centre."""
     c, s = len(form.contexts), sizes["sample"]
-    sites: dict[str, tuple[tuple[int, ...], constraints.Constraint]] = {}
+    supports: dict[str, constraints.Constraint] = {}
     start: dict[str, Tensor] = {}
 
     def add(name: str, shape: tuple[int, ...], support: constraints.Constraint, value: float) -> None:
-        sites[name], start[name] = (shape, support), torch.full(shape, value)
+        supports[name], start[name] = support, torch.full(shape, value)
 
     for name, centre in (("gain", prior.gain), ("loss", prior.loss)):
         add(f"log_mean_{name}", (c,), constraints.real, math.log(centre))
@@ -150,7 +150,7 @@ def nets(sizes: Mapping[str, int], prior: Prior, *, form: Form) -> Nets:
     add("nonconversion_doubled", (s,), constraints.unit_interval, 2 * prior.nonconversion)
     add("inappropriate_doubled", (), constraints.unit_interval, 2 * prior.inappropriate)
     add("overdispersion", (), constraints.unit_interval, prior.overdispersion)
-    return Nets(guides.global_normal(sites, start, scale=0.05))
+    return Nets(guides.global_normal(supports, start, scale=0.05))
 
 
 def guide(batch: Batch, prior: Prior, nets: Nets, *, form: Form) -> None:

@@ -127,20 +127,20 @@ def nets(
     """The joint normal at its start, and the encoder, as it was after the rehearsal if there was one."""
     places = {"mean": population.varying, "shared": population.shared}
     begun, like = start or prior_start(population, prior), torch.zeros(())
-    sites: dict[str, tuple[tuple[int, ...], constraints.Constraint]] = {
-        name: ((len(each),), ParameterPrior(population.parameters(each), like).support)
+    supports: dict[str, constraints.Constraint] = {
+        name: ParameterPrior(population.parameters(each), like).support
         for name, each in places.items()
         if each
     }
-    sites["scatter"] = ((len(population.varying),), constraints.positive)
-    values = {name: value for name, value in begun._asdict().items() if name in sites}
+    supports["scatter"] = constraints.positive
+    values = {name: value for name, value in begun._asdict().items() if name in supports}
     encoder = Encoder(population)
     with torch.no_grad():
         encoder.centre.copy_(begun.mean)
         encoder.width.copy_(begun.scatter)
     if practised is not None:
         encoder.load_state_dict(dict(practised))
-    return Nets(guides.global_normal(sites, values, scale=0.05), encoder)
+    return Nets(guides.global_normal(supports, values, scale=0.05), encoder)
 
 
 def guide(batch: Batch, prior: Prior, nets: Nets) -> None:

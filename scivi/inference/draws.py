@@ -51,7 +51,7 @@ from scivi.inference.trees import (
     plain_labels,
     units_of,
 )
-from scivi.inputs.batches import Batch, read_batch
+from scivi.inputs.batches import Batch, read_batch, some_field
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.guides import JointGuide
 from scivi.models.mixtures import AdaptedGuide
@@ -218,7 +218,7 @@ def _chunks(
     Numbered; of several processes each has its share. All at once for a guide with a factor for each row.
     """
     bound = fits[0].bound
-    template, some = bound.template, next(iter(bound.example.values.values()))
+    template, some = bound.template, some_field(bound.example)
     n = source.sizes[row]
     size = rows_at_once(bound, row, draws) if all(f.bound.amortised for f in fits) else n
     others = {d: np.arange(1) for d in template.row_dims if d != row and source.sizes[d] > 1}
@@ -308,7 +308,7 @@ class _Chain:
 
     def __init__(self, fit: Fit, draws: int, seed: int) -> None:
         self.fit, self.draws, self.seed = fit, draws, seed
-        self.like = next(iter(fit.bound.example.values.values()))  # of the fit's dtype, on its device
+        self.like = some_field(fit.bound.example)  # of the fit's dtype, on its device
         with self._running(0):
             self.given = _globals(fit.bound, draws)
         self.log_joint, self.log_guide = np.zeros(()), np.zeros(())

@@ -14,7 +14,7 @@ from scivi.inference.objective import prepare
 from scivi.inference.plan import Plan
 from scivi.inference.state import Fit, State, freeze, versions
 from scivi.inference.trees import plain_labels
-from scivi.inputs.batches import chunks
+from scivi.inputs.batches import chunks, some_field
 from scivi.inputs.features import Features, Sample
 from scivi.models.binding import stream_seed
 from scivi.models.template import Template
@@ -82,7 +82,7 @@ def _seen(state: State, source: Any, plan: Plan) -> tuple[dict[str, torch.Tensor
     template, seen = state.bound.template, {}
     seed = stream_seed(plan.seed, "sampling")  # numpy's generator: torch's of that stream is another
     sample = Sample(template.told, template.row_dims[0], source.sizes, seed)
-    some = next(iter(state.bound.example.values.values()))
+    some = some_field(state.bound.example)
     size = rows_at_once(state.bound, template.row_dims[0], _SEEN_DRAWS)
     for batch in chunks(source, template.fields, template.row_dims, size, torch.device("cpu"), some.dtype):
         sample.add(batch)

@@ -17,7 +17,7 @@ from scivi.inference.plan import Plan
 from scivi.inference.polish import polish
 from scivi.inference.population import weigh_globals
 from scivi.inference.state import State
-from scivi.inputs.batches import Batch, read_batch
+from scivi.inputs.batches import Batch, read_batch, some_field
 from scivi.models.binding import Bound
 
 THERE_SD, NEAR_SD = 0.3, 5.0  # posterior sd: last step of a start at the mode, of one near it (our choice)
@@ -66,7 +66,7 @@ def globals_alone(bound: Bound) -> bool:
 
 def _spread_rows(source: Any, bound: Bound, most: int, dims: int) -> Callable[[int], Iterator[Batch]]:
     """Passes over evenly spread rows, at most so many, in chunks that suit the number of nodes."""
-    template, some = bound.template, next(iter(bound.example.values.values()))
+    template, some = bound.template, some_field(bound.example)
     first = template.row_dims[0]
     n = source.sizes[first]
     count = min(most, n)

@@ -14,7 +14,7 @@ from torch import Tensor
 from scivi.errors import TemplateError
 from scivi.inference.scores import by_particle, by_row, log_prob, particle_plate, placed, quiet, row_scale
 from scivi.inference.trees import dataset
-from scivi.inputs.batches import Batch
+from scivi.inputs.batches import Batch, some_field
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.sites import plates_of, row_dim_of, sample_sites, value_of
 from scivi.models.template import Template
@@ -101,7 +101,7 @@ def prior_draws(
     shared = {n: dims for n, dims in template.dims.items() if not set(dims) & set(template.row_dims)}
     if not shared:
         return dataset({}, coords, units, sampled=True)
-    some = next(iter(bound.example.values.values()))
+    some = some_field(bound.example)
     with seeded(stream_seed(seed, "draws") ^ 1, some.device), torch.no_grad(), quiet():
         with particle_plate(draws, bound.nesting):
             trace = poutine.trace(bound.model).get_trace(bound.example.predict())

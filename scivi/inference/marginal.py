@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from scivi.inference.scores import Placed, by_particle, by_row, log_prob, particle_plate, placed, row_scale
-from scivi.inputs.batches import Batch
+from scivi.inputs.batches import Batch, some_field
 from scivi.models.binding import Bound
 from scivi.models.guides import JointNormalGuide
 from scivi.models.noise import noise_shape, push, put
@@ -281,7 +281,7 @@ def objective(
         per_dim: Gauss-Hermite nodes per local dimension.
         beta: weight of the globals' KL.
     """
-    like = next(iter(batch.values.values()))
+    like = some_field(batch)
     per_dim = training_nodes(plan.dims, per_dim)
     shift = torch.rand(plan.dims, dtype=torch.float64, device=like.device) if plan.dims > GRID_DIMS else None
     points, log_w = nodes(plan.dims, per_dim, like, n_random=TRAINING_NODES, shift=shift)

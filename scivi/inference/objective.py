@@ -36,7 +36,7 @@ from scivi.inference.scores import (
     run_pair,
     score,
 )
-from scivi.inputs.batches import Batch
+from scivi.inputs.batches import Batch, some_field
 from scivi.models.binding import Bound, seeded
 from scivi.models.sites import plates_of, sample_sites
 
@@ -111,7 +111,7 @@ def prepare(bound: Bound, batch: Batch, plan: Plan) -> Objective:
     """
     if plan.estimator not in ("auto", "marginal"):
         return Objective(bound, plan, plan.estimator, marginal.Layout())
-    some = next(iter(batch.values.values()))
+    some = some_field(batch)
     with seeded(0, some.device), torch.no_grad():  # a look at the guide leaves the random stream as it was
         found = marginal.layout(bound, batch)
         given = poutine.trace(bound.guide).get_trace(batch).nodes.keys()

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from scivi.inference import marginal
-from scivi.inputs.batches import chunks
+from scivi.inputs.batches import chunks, some_field
 from scivi.models.binding import Bound
 
 FEWEST = 50  # draws, fewer of which say nothing about the weights' tail
@@ -31,7 +31,7 @@ def weigh_globals(bound: Bound, source: Any, theta: Tensor, most: int) -> np.nda
     module, template = marginal.global_module(bound), bound.template
     if module is None or not bound.amortised:
         return None
-    some, plan = next(iter(bound.example.values.values())), marginal.layout(bound, bound.example)
+    some, plan = some_field(bound.example), marginal.layout(bound, bound.example)
     if plan.refusal is not None or not plan.sites:  # with nothing to integrate, lp - log_q is it already
         return None
     per_dim = {1: 15, 2: 9}.get(plan.dims, 5)

@@ -21,7 +21,7 @@ from scivi.inference.importance import pareto_k, truncated
 from scivi.inference.modes import Density, modes
 from scivi.inference.potential import Potential, left_of_plates, whole
 from scivi.inference.scores import by_particle, log_prob, particle_plate, placed, quiet
-from scivi.inputs.batches import Batch, read_batch
+from scivi.inputs.batches import Batch, read_batch, some_field
 from scivi.models.binding import Bound, seeded, stream_seed
 from scivi.models.guides import JointGuide
 from scivi.models.mixtures import MOST_LATENTS, heavy_tailed
@@ -87,7 +87,7 @@ def unseen(bound: Bound, source: Any, seed: int) -> dict[str, Any]:
         return {}
     if sum(math.prod(s.shape) for s in bound.sites) > MOST_LATENTS or any(s.discrete for s in bound.sites):
         return {}
-    some = next(iter(bound.example.values.values()))
+    some = some_field(bound.example)
     with seeded(stream_seed(seed, "reach"), some.device), quiet(), poutine.block():
         try:
             data = whole(template, source, seed, eager=False)
@@ -146,7 +146,7 @@ class _Guide:
     @torch.no_grad()
     def log_prob(self, points: Tensor) -> Tensor:
         """Log density of points (point, D), (point,)."""
-        guide, some = self.bound.nets.guide, next(iter(self.bound.example.values.values()))
+        guide, some = self.bound.nets.guide, some_field(self.bound.example)
         if isinstance(guide, JointGuide):
             flat = points[:, order(self.density, guide)].to(some)
             return guide.distribution().log_prob(flat).double().cpu()

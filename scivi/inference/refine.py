@@ -36,7 +36,7 @@ from torch import Tensor
 
 from scivi.inference import marginal
 from scivi.inference.scores import by_row, log_prob, particle_plate, row_scale
-from scivi.inputs.batches import Batch, take
+from scivi.inputs.batches import Batch, some_field, take
 from scivi.models.binding import Bound
 from scivi.models.sites import plates_of, row_dim_of, sample_sites
 
@@ -92,7 +92,7 @@ def refine_rows(
     plan = _own_noise(marginal.layout(bound, batch, MOST_DIMS), bound.template.row_dims[0])
     if not plan.sites:
         return None
-    like = next(iter(batch.values.values()))
+    like = some_field(batch)
     rows, points = rows.to(like.device), _points(plan.dims, like)
     typical = {name: value[:1] for name, value in given.items()} if draws > 1 else given
     whole = _Rows(bound, batch, plan, given).take(rows)
@@ -147,7 +147,7 @@ class _Rows:
         fields, row = self.bound.template.fields, self.bound.template.row_dims[0]
         observed = [f for f in self.bound.template.observed if row in fields[f].dims]
         entries = max([self.plan.dims, *(self.batch.values[f].numel() // len(self) for f in observed)])
-        places = torch.arange(len(self), device=next(iter(self.batch.values.values())).device)
+        places = torch.arange(len(self), device=some_field(self.batch).device)
         for at in places.split(max(1, AT_ONCE // (n * entries))):
             yield at, self.take(at)
 

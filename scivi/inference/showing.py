@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 
 from scivi import shown
+from scivi.inputs.batches import some_field
 from scivi.models.binding import Bound, seeded
 from scivi.models.sites import is_deterministic, is_subsample, plates_of
 from scivi.shown import EDGE, FILLED, Html
@@ -52,7 +53,7 @@ def plates(bound: Bound) -> str:
     Sites in the order in which they are sampled: latent ones open, observed ones filled, worked out ones
     dashed.
     """
-    some = next(iter(bound.example.values.values()))
+    some = some_field(bound.example)
     with torch.no_grad(), seeded(0, some.device):
         trace = poutine.trace(bound.model).get_trace(bound.example)
     tree: dict[str, Any] = {}

@@ -28,7 +28,7 @@ from scivi.inference import showing
 from scivi.inference.plan import Plan
 from scivi.inference.scores import quiet
 from scivi.inference.team import Team
-from scivi.inputs.batches import Batch
+from scivi.inputs.batches import Batch, some_field
 from scivi.inputs.features import Basis, Features
 from scivi.inputs.feed import Feed
 from scivi.models.binding import Bound, bind, stream_seed
@@ -102,7 +102,7 @@ class State:
     @property
     def device(self) -> torch.device:
         """Where steps are taken."""
-        return next(iter(self.bound.example.values.values())).device
+        return some_field(self.bound.example).device
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -398,7 +398,7 @@ def freeze(bound: Bound) -> Bound:
 def new_state(bound: Bound, feed: Feed, plan: Plan, team: Team) -> State:
     """The state of a fit that has not taken a step."""
     parameters = [p for p in bound.nets.parameters() if p.requires_grad]
-    some = next(iter(bound.example.values.values()))
+    some = some_field(bound.example)
     if not parameters:
         if bound.template.plan.get("steps") != 0 and not isinstance(bound.nets.guide, AdaptedGuide):
             raise TemplateError(

@@ -76,7 +76,7 @@ class Batch:
             )
         index = self.index.get(name)
         if index is None:
-            index = torch.arange(self.sizes[name], device=next(iter(self.values.values())).device)
+            index = torch.arange(self.sizes[name], device=some_field(self).device)
         # a plate's own site stays out of traces, so that it can be entered again
         with poutine.block(hide=[name]):
             return pyro.plate(name, self.sizes[name], subsample=index, dim=dim)
@@ -110,6 +110,11 @@ class Batch:
     def predict(self) -> Batch:
         """The same rows, observed sites free."""
         return replace(self, predicting=True)
+
+
+def some_field(batch: Batch) -> Tensor:
+    """A field: its dtype and device are those of all."""
+    return next(iter(batch.values.values()))
 
 
 def make_batch(

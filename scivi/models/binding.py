@@ -15,7 +15,7 @@ from torch.distributions import Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from scivi.errors import TemplateError, listed
-from scivi.inputs.batches import Batch
+from scivi.inputs.batches import Batch, some_field
 from scivi.models.guides import Family, MeanField
 from scivi.models.mixtures import Adapted
 from scivi.models.sites import Site, latent_sites, nesting_of, row_dim_of, sample_sites, value_of, weight_of
@@ -80,7 +80,7 @@ def _in_dtype(found: Any, dtype: torch.dtype) -> Any:
 
 def _typed(batch: Batch) -> Any:
     """A context in which distributions have the dtype of a batch's data."""
-    dtype = next(iter(batch.values.values())).dtype
+    dtype = some_field(batch).dtype
     needed = dtype.is_floating_point and dtype != torch.get_default_dtype()
     return _Typed(dtype) if needed else ExitStack()
 
@@ -176,7 +176,7 @@ def bind(template: Template, example: Batch, seed: int) -> Bound:
         TemplateError: the guide is no function and no family; the model cannot be run; sites and dims
             disagree.
     """
-    some = next(iter(example.values.values()))
+    some = some_field(example)
     with seeded(stream_seed(seed, "init"), some.device):
         sizes = dict(example.sizes)
         own = template.nets(sizes, template.prior) if template.nets is not None else None

@@ -270,7 +270,7 @@ class JointNormalGuide(JointGuide):
 
 
 def global_normal(
-    sites: Mapping[str, tuple[tuple[int, ...], constraints.Constraint]],
+    supports: Mapping[str, constraints.Constraint],
     start: Mapping[str, Tensor],
     *,
     scale: float = 0.1,
@@ -280,14 +280,14 @@ def global_normal(
     """A joint normal for the global latents of an amortised template, to be kept in its ``nets``.
 
     Args:
-        sites: by name, the event shape and the support.
-        start: by name, the starting value, inside the support.
+        supports: of every site, by name.
+        start: by name, the starting value, inside the support; it has the shape of the site.
         scale: starting standard deviation on the unbounded scale.
         rank: None for a full covariance.
         nesting: dims taken by the template's plates.
     """
     slots, values = [], []
-    for name, (_, support) in sites.items():
+    for name, support in supports.items():
         value = biject_to(support).inv(torch.as_tensor(start[name]).float())
         slots.append(Slot(name, value.shape, value.dim(), support))
         values.append(value.reshape(-1))
@@ -300,8 +300,8 @@ class IndependentNormals(nn.Module):
     It is kept in the ``nets`` of an amortised template, and called in its guide.
 
     Args:
-        sites: by name, the event shape and the support.
-        start: by name, the starting value, inside the support.
+        supports: of every site, by name.
+        start: by name, the starting value, inside the support; it has the shape of the site.
         scale: starting standard deviation.
         pace: by how much the means move where a network's weight moves by 1: a global that starts far from
             where it belongs would take thousands of steps of a size that suits networks.
@@ -309,14 +309,14 @@ class IndependentNormals(nn.Module):
 
     def __init__(
         self,
-        sites: Mapping[str, tuple[tuple[int, ...], constraints.Constraint]],
+        supports: Mapping[str, constraints.Constraint],
         start: Mapping[str, Tensor],
         *,
         scale: float = 0.1,
         pace: float = 1.0,
     ) -> None:
         super().__init__()
-        self.supports, self.pace = {name: support for name, (_, support) in sites.items()}, pace
+        self.supports, self.pace = dict(supports), pace
         self.loc, self.log_scale = nn.ParameterDict(), nn.ParameterDict()
         for name, support in self.supports.items():
             value = biject_to(support).inv(torch.as_tensor(start[name]).float())

@@ -55,7 +55,7 @@ class Amortised(nn.Module):
 
     def __init__(self, on_y: float, on_mu: float, shift: float, log_sd: float) -> None:
         super().__init__()
-        self.globals = global_normal({"mu": ((), constraints.real)}, {"mu": torch.tensor(0.0)}, scale=0.5)
+        self.globals = global_normal({"mu": constraints.real}, {"mu": torch.tensor(0.0)}, scale=0.5)
         self.on_y, self.on_mu = nn.Parameter(torch.tensor(on_y)), nn.Parameter(torch.tensor(on_mu))
         self.shift, self.log_sd = nn.Parameter(torch.tensor(shift)), nn.Parameter(torch.tensor(log_sd))
 

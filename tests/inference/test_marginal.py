@@ -161,8 +161,8 @@ LINEAR = {"y": Field(("row", "visit"), "observed"), "x": Field(("row", "visit"))
 class LinearNets(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        sites = {"mu": ((), constraints.real), "slope": ((), constraints.real)}
-        self.globals = global_normal(sites, dict.fromkeys(sites, torch.tensor(0.0)), scale=0.5)
+        supports = {"mu": constraints.real, "slope": constraints.real}
+        self.globals = global_normal(supports, dict.fromkeys(supports, torch.tensor(0.0)), scale=0.5)
         self.off = nn.Parameter(torch.tensor(0.0))
 
 
@@ -269,7 +269,7 @@ def test_only_a_full_rank_normal_of_all_globals_can_be_finished():
     class LowRank(conjugate.Amortised):
         def __init__(self) -> None:
             super().__init__(*EXACT)
-            self.globals = global_normal({"mu": ((), constraints.real)}, {"mu": torch.tensor(0.0)}, rank=1)
+            self.globals = global_normal({"mu": constraints.real}, {"mu": torch.tensor(0.0)}, rank=1)
 
     low = replace(hierarchy(), nets=lambda sizes, prior: LowRank())
     assert marginal.global_module(bind(low, batch, 0)) is None

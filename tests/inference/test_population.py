@@ -34,7 +34,7 @@ Y = 2.5 * np.array([-0.9, 0.3, 1.2, -0.4, 0.1, 0.8, -1.1, 0.5])
 class Nets(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.globals = global_normal({"tau": ((), constraints.positive)}, {"tau": torch.tensor(0.5)})
+        self.globals = global_normal({"tau": constraints.positive}, {"tau": torch.tensor(0.5)})
 
 
 def model(batch: Any, prior: Any, nets: Any) -> None:

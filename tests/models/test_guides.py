@@ -164,8 +164,9 @@ def test_a_joint_normal_over_rows_needs_them_all():
 
 
 def globals_of(rank: int | None = None):
-    sites = {"a": ((2,), constraints.real), "s": ((), constraints.positive)}
-    return global_normal(sites, {"a": torch.tensor([0.5, -1.0]), "s": torch.tensor(2.0)}, rank=rank).double()
+    supports = {"a": constraints.real, "s": constraints.positive}
+    start = {"a": torch.tensor([0.5, -1.0]), "s": torch.tensor(2.0)}
+    return global_normal(supports, start, rank=rank).double()
 
 
 def test_a_joint_normal_holds_the_mean_and_covariance_it_is_given():
@@ -184,7 +185,7 @@ def test_a_joint_normal_holds_the_mean_and_covariance_it_is_given():
 
 
 def test_a_joint_normal_of_one_number_learns_no_correlation():
-    one = global_normal({"s": ((), constraints.positive)}, {"s": torch.tensor(2.0)}).double()
+    one = global_normal({"s": constraints.positive}, {"s": torch.tensor(2.0)}).double()
     assert {n: tuple(p.shape) for n, p in one.named_parameters()} == {"loc": (1,), "log_diag": (1,)}
     assert set(one.state_dict()) == {"loc", "log_diag"}
     assert one.factor.dtype == torch.float64  # it moves with the module
@@ -193,7 +194,7 @@ def test_a_joint_normal_of_one_number_learns_no_correlation():
     torch.testing.assert_close(one.distribution().covariance_matrix, covariance, rtol=EPS, atol=EPS)
     one.distribution().log_prob(loc + 0.1).backward()
     assert all(p.grad is not None for p in one.parameters())
-    low = global_normal({"s": ((), constraints.positive)}, {"s": torch.tensor(2.0)}, rank=1)
+    low = global_normal({"s": constraints.positive}, {"s": torch.tensor(2.0)}, rank=1)
     assert "factor" in dict(low.named_parameters())
     assert "factor" in dict(globals_of().named_parameters())
 
