@@ -341,7 +341,7 @@ def simulate(
     Args:
         sizes: "molecule" and "site".
         prior: all of it.
-        generator: whose seed starts numpy's.
+        generator: its seed is that of the numbers drawn here, by numpy.
         stationary: as in ``make``.
         in_vitro: as in ``make``; no parent is read.
     """
