@@ -24,15 +24,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What runs, and what runs together.
+    """Slow tests run where anything is asked for (a path, ``-k``, ``-m``), hundreds of fits where "sbc" is.
 
-    Slow tests run where anything is asked for (a path, ``-k``, ``-m``), hundreds of fits where "sbc" is, and
-    neither with ``pytest`` alone. Of several processes one does all of a file, whose fits are made once, and
-    one all that needs the machine's only Slurm.
+    Neither runs with ``pytest`` alone.
     """
-    for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
     asked = config.getoption("markexpr") + config.getoption("keyword")
     everything = {config.rootpath / path for path in config.getini("testpaths")}
     alone = not asked and {config.rootpath / path for path in config.args} == everything

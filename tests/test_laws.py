@@ -52,7 +52,12 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+SLOW = ("photons, flat", "photons, known", "schools, joint normal")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TEMPLATES]
+)
 def test_every_law_holds_for(name):
     found = check(TEMPLATES[name], seed=1)
     broken = {str(law): str(found.detail.sel(law=law).values) for law in found.law.values[~found.ok.values]}

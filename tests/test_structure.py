@@ -533,7 +533,7 @@ def test_every_public_call_leaves_the_param_store_empty(tmp_path):
         "train": lambda: list(scivi.train(template, table, plan)),
         "draw": lambda: scivi.draw(fit, table, draws=10, seed=0),
         "predict": lambda: scivi.predict(fit, table, draws=10, seed=0),
-        "nuts": lambda: scivi.nuts(template, table, draws=10, chains=1, seed=0, backend="pyro"),
+        "nuts": lambda: scivi.nuts(template, table, draws=10, warmup=10, chains=1, backend="pyro"),
         "calibrate": lambda: scivi.calibrate(template, {"row": 5}, fits=2, plan=plan, progress=False),
         "save": lambda: scivi.save(fit, tmp_path / "fit"),
         "load": lambda: scivi.load(tmp_path / "fit", template=template),

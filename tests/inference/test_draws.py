@@ -292,6 +292,7 @@ def test_a_given_number_has_no_axis_in_the_model_nor_in_the_result():
     assert float(tree.constant_data.spread) == 2.0
 
 
+@pytest.mark.slow
 def test_refining_mends_rows_that_the_guide_serves_badly_and_measures_the_gap():
     shift, log_sd = 1.8, float(np.log(0.25))
     bad = exact_fit(coefficients=(*EXACT[:2], shift, log_sd))

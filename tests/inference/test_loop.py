@@ -30,7 +30,10 @@ from tests.inference.conjugate import (
 )
 
 
-@pytest.mark.parametrize("estimator", ["trace", "analytic", "stl", "iwae", "marginal"])
+@pytest.mark.parametrize(
+    "estimator",
+    ["trace", "marginal", *(pytest.param(e, marks=pytest.mark.slow) for e in ("analytic", "stl", "iwae"))],
+)
 def test_every_estimator_finds_the_posterior(estimator):
     data = rows(30)
     y = torch.as_tensor(data["y"])

@@ -136,6 +136,7 @@ def test_a_data_set_filled_up_with_missing_entries_is_the_shorter_one():
     np.testing.assert_allclose(scale / sd, 1, atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_batch_of_slots_is_as_good_as_a_slot_for_each(monkeypatch):
     data = stars(11)
     mean, sd = exact(data)
@@ -458,6 +459,7 @@ def test_every_random_operation_draws_for_each_set_by_itself():
     assert abs(float(spread) - 1) < 4 / 1000**0.5
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_captured_one(monkeypatch):
     monkeypatch.undo()
     data = stars(4)

@@ -226,6 +226,7 @@ def test_newton_lands_on_the_exact_posterior_of_a_linear_gaussian_model_from_a_p
     assert found.nodes == 25
 
 
+@pytest.mark.slow
 def test_few_rows_are_polished_until_their_weights_are_good_however_far_training_has_ended():
     data = linear_data()
     batch = whole(linear, data)

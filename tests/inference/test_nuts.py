@@ -62,7 +62,7 @@ def misses(values: np.ndarray, mean: float, sd: float) -> tuple[float, float]:
     return of_mean, of_sd
 
 
-@pytest.mark.parametrize("backend", ["nutpie", "pyro"])
+@pytest.mark.parametrize("backend", ["nutpie", pytest.param("pyro", marks=pytest.mark.slow)])
 def test_a_conjugate_posterior_is_met_within_its_monte_carlo_error(backend):
     data = table()
     found: Any = nuts(LEVEL, data, draws=500, warmup=150, chains=2, seed=1, backend=backend, progress=False)
@@ -136,6 +136,7 @@ def quadrature_of_schools() -> tuple[float, float]:
     return float((weight * mu).sum() / weight.sum()), float((weight * tau).sum() / weight.sum())
 
 
+@pytest.mark.slow
 def test_eight_schools_has_the_dims_and_coords_of_the_table():
     found: Any = nuts(SCHOOLS, EIGHT, draws=150, warmup=120, chains=2, seed=0, progress=False)
     posterior = found["posterior"].to_dataset()

@@ -169,6 +169,7 @@ def test_importance_weighted_bound_of_two_draws_is_that_of_quadrature():
     assert ((mean - slope).abs() < 4 * error).all()  # 4 standard errors of 400 evaluations
 
 
+@pytest.mark.slow
 def test_importance_weighted_bound_tightens_with_draws_as_one_over_their_number():
     batch = whole(hierarchy(), rows(8))
     bound = bound_to(hierarchy((EXACT[0], EXACT[1], 0.2, EXACT[3])), batch)  # local factors off, in place
@@ -269,7 +270,9 @@ def test_minibatches_average_to_the_full_objective():
     assert np.mean(parts) == pytest.approx(at_one_seed(batch), abs=EPS)
 
 
-@pytest.mark.parametrize("estimator", ["trace", "analytic", "stl", "iwae"])
+@pytest.mark.parametrize(
+    "estimator", ["trace", "analytic", *(pytest.param(e, marks=pytest.mark.slow) for e in ("stl", "iwae"))]
+)
 def test_minibatches_are_unbiased_for_sampled_rows_too(estimator):
     batch = whole(hierarchy(), rows(8))
     objective = prepare(bound_to(hierarchy(OFF), batch), batch, plan(estimator=estimator, particles=4))

@@ -77,6 +77,7 @@ def test_fits_are_given_the_days_before_them():
         backtest.backtest(known, table, "2030-01-01", **QUIET)
 
 
+@pytest.mark.slow
 def test_right_parameters_pass_the_tests_and_wrong_ones_fail():
     # 3 x 400 days of the truth: PIT is uniform, hits are as many as they should be. With a variance that is
     # sixteen times as large and does not move, neither is.

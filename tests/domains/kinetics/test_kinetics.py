@@ -97,28 +97,31 @@ def decayed(n: int = 8) -> dict[str, Any]:
     }
 
 
-def test_results_are_labelled_by_parameters_on_their_scales():
-    template, table = kinetics.make(decay(), method="rodas5p"), decayed()
-    fit = scivi.fit(template, table, scivi.Plan(steps=3, stop=None), progress=False)
-    result = scivi.draw(fit, table, 20)
+@pytest.fixture(scope="module")
+def decay_fit() -> scivi.Fit:
+    return scivi.fit(
+        kinetics.make(decay(), method="rodas5p"), decayed(), scivi.Plan(steps=2, stop=None), progress=False
+    )
+
+
+def test_results_are_labelled_by_parameters_on_their_scales(decay_fit):
+    result = scivi.draw(decay_fit, decayed(), 20)
     assert result["posterior"]["theta"].dims == ("chain", "draw", "parameter")
     assert result["posterior"]["theta"]["parameter"].values.tolist() == ["log10 k", "sd"]
     assert result["posterior"]["expected"].dims == ("chain", "draw", "condition", "moment", "observable")
 
 
-def test_several_points_at_once_have_the_density_of_each():
+def test_several_points_at_once_have_the_density_of_each(decay_fit):
     """Of the joint normal's globals: prior, transforms and rows; float32 of a density of some tens."""
-    template, table = kinetics.make(decay(), method="rodas5p"), decayed()
-    fit = scivi.fit(template, table, scivi.Plan(steps=2, stop=None), progress=False)
-    module, layout = marginal.global_module(fit.bound), marginal.layout(fit.bound, fit.bound.example)
+    bound, batch = decay_fit.bound, decay_fit.bound.example
+    module, layout = marginal.global_module(bound), marginal.layout(bound, batch)
     assert module is not None
-    batch = fit.bound.example
     points = module.loc + 0.1 * torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        together = marginal.log_joint(fit.bound, module, points, [batch])
+        together = marginal.log_joint(bound, module, points, [batch])
         alone = [
-            marginal.log_prior(fit.bound, module, t, batch)
-            + marginal.log_marginal(fit.bound, module, t, batch, layout, 3)
+            marginal.log_prior(bound, module, t, batch)
+            + marginal.log_marginal(bound, module, t, batch, layout, 3)
             for t in points
         ]
     torch.testing.assert_close(together, torch.stack(alone).double(), rtol=1e-5, atol=1e-4)
@@ -173,14 +176,13 @@ def test_what_was_not_measured_on_a_log_scale_has_no_say_in_the_gradient():
     assert np.isfinite(fit.history["grad_norm"].values).all()
 
 
-def test_drawing_does_not_change_the_fit():
-    template, table = kinetics.make(decay(), method="rodas5p"), decayed()
-    fit = scivi.fit(template, table, scivi.Plan(steps=2, stop=None), progress=False)
-    before = {name: value.clone() for name, value in fit.nets.state_dict().items()}
-    scivi.draw(fit, table, 10)
-    assert all(torch.equal(value, before[name]) for name, value in fit.nets.state_dict().items())
+def test_drawing_does_not_change_the_fit(decay_fit):
+    before = {name: value.clone() for name, value in decay_fit.nets.state_dict().items()}
+    scivi.draw(decay_fit, decayed(), 10)
+    assert all(torch.equal(value, before[name]) for name, value in decay_fit.nets.state_dict().items())
 
 
+@pytest.mark.slow
 def test_posterior_of_a_decay_is_that_of_a_grid():
     """Two parameters on a grid of 400 x 400 by numpy: means within .1 sd, sd within 10 %."""
     template, table = kinetics.from_data((decay(), dataset_of(decayed())), starts=8, progress=False)
@@ -226,14 +228,14 @@ def test_a_fit_that_fails_too_often_ends_with_advice():
         scivi.fit(template, decayed(), scivi.Plan(steps=150, stop=None), progress=False)
 
 
-def test_a_saved_fit_finds_its_template(tmp_path):
-    template, table = kinetics.make(decay(), method="rodas5p"), decayed()
-    fit = scivi.fit(template, table, scivi.Plan(steps=2, stop=None), progress=False)
-    scivi.save(fit, tmp_path / "fit")
+def test_a_saved_fit_finds_its_template(decay_fit, tmp_path):
+    scivi.save(decay_fit, tmp_path / "fit")
     again = scivi.load(tmp_path / "fit")
-    first, second = (scivi.draw(each, table, 10)["posterior"]["theta"].values for each in (fit, again))
+    first, second = (
+        scivi.draw(each, decayed(), 10)["posterior"]["theta"].values for each in (decay_fit, again)
+    )
     np.testing.assert_array_equal(first, second)
-    json.dumps(dict(template.made[1]))
+    json.dumps(dict(decay_fit.template.made[1]))
 
 
 @pytest.mark.slow

@@ -209,6 +209,7 @@ def test_population_is_that_of_a_grid():
         assert float(variance) ** 0.5 == pytest.approx(spread, rel=0.25)
 
 
+@pytest.mark.slow
 def test_encoder_comes_near_the_posterior_of_each_experiment():
     """Against a grid: half of the experiments within .3 sd in the mean and 30 % in the sd, after seconds."""
     template, table, _ = practised()
@@ -306,6 +307,7 @@ def test_results_are_labelled_and_a_saved_fit_finds_its_template(tmp_path):
     json.dumps(dict(template.made[1]))
 
 
+@pytest.mark.slow
 def test_a_rehearsed_fit_is_saved_with_what_its_encoder_has_learnt(tmp_path):
     template, table, _ = practised()
     fit = scivi.fit(template, table, PLAN, progress=False)

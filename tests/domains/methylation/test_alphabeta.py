@@ -203,6 +203,7 @@ def test_alphabeta_of_the_window_is_the_published_one(window):
     assert (fit.gain, fit.loss) == pytest.approx((5.799e-5, 6.557e-3), rel=0.005)
 
 
+@pytest.mark.slow
 @needs_data
 def test_alphabeta_bootstrap_gives_its_standard_errors(window):
     table, told = window

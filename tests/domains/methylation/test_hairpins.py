@@ -167,6 +167,7 @@ def test_hairpin_posterior_of_real_daughters_is_that_of_nuts(real, real_fit):
     assert scivi.analysis.report(svi).attrs["verdict"] != "do not trust"
 
 
+@pytest.mark.slow
 def test_hairpin_changes_show_that_the_enzyme_walks(real, real_fit):
     seen = real["methylated"]
     replicated = scivi.predict(real_fit, real, 200)["posterior_predictive"]["methylated"]
