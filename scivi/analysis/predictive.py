@@ -195,7 +195,7 @@ def loo(
         there = np.isfinite(elpd)  # missing observations have no density
         n, bad = int(there.sum()), float((k_hat[there] > threshold).mean())
         p_loo = float(found["p_loo"].values.ravel()[there].sum())
-        elpd_se = np.sqrt(n * elpd[there].var())
+        elpd_se = np.sqrt(n * elpd[there].var(ddof=1)) if n > 1 else np.nan
         row = (elpd[there].sum() / share, elpd_se / share, p_loo / share, n, bad, bad <= 0.01)
         for key, value in zip(columns, row, strict=True):
             columns[key].append(float(value))

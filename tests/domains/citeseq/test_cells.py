@@ -109,7 +109,8 @@ def multimodal(tmp_path: Path) -> Any:
     modalities = {"rna": annotated(), "prot": protein_only()}
     for each in modalities.values():
         each.obs = each.obs[[]]
-    with mudata.set_options(pull_on_update=False):  # it warns where it is left to 0.3's default
+    options = mudata.settings.override if hasattr(mudata, "settings") else mudata.set_options  # 0.4, 0.3
+    with options(pull_on_update=False):  # 0.3 warns where it is left to its default
         data = mudata.MuData(modalities)
         data.obs["lane"] = annotated().obs["lane"]
         data.write(tmp_path / "cells.h5mu")
