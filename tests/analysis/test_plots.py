@@ -14,6 +14,8 @@ from scivi.errors import DataError
 
 @pytest.fixture(autouse=True)
 def closed():
+    """No figure is left by tests of other files, nor left to them."""
+    plt.close("all")
     yield
     plt.close("all")
 
