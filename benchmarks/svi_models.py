@@ -288,18 +288,18 @@ def totalvi(n: int = 256, genes: int = 2000, proteins: int = 15, latent: int = 2
             mean, high, logits = nets.decode(z, batch.rna, low)
             batch.observe("rna", NegativeBinomialMean(mean, nets.log_theta.exp()).to_event(1))
             mixture = NegativeBinomialMixture(low, high, nets.log_theta_protein.exp(), logits)
-            batch.observe("protein", mixture.to_event(1))
+            batch.observe("adt", mixture.to_event(1))
 
     def guide(batch: Batch, prior: Any, nets: CellNets) -> None:
         with batch.plate("cell"):
-            z = pyro.sample("z", dist.Normal(*nets.encode(batch.rna, batch.protein)).to_event(1))
+            z = pyro.sample("z", dist.Normal(*nets.encode(batch.rna, batch.adt)).to_event(1))
             pyro.sample("low", dist.LogNormal(*nets.encode_low(z)).to_event(1))
 
     template = Template(
         name="benchmark totalvi",
         fields={
             "rna": Field(("cell", "gene"), role="observed", support=COUNTS),
-            "protein": Field(("cell", "protein"), role="observed", support=COUNTS),
+            "adt": Field(("cell", "protein"), role="observed", support=COUNTS),
         },
         rows="cell",
         model=model,
@@ -309,7 +309,7 @@ def totalvi(n: int = 256, genes: int = 2000, proteins: int = 15, latent: int = 2
         sizes={"latent": latent},
     )
     table = xr.Dataset(
-        {"rna": (("cell", "gene"), rna.numpy()), "protein": (("cell", "protein"), protein.numpy())}
+        {"rna": (("cell", "gene"), rna.numpy()), "adt": (("cell", "protein"), protein.numpy())}
     )
 
     def of_pyro(state: State) -> tuple[Any, Any, tuple[Tensor, ...]]:
