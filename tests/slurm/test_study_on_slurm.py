@@ -103,7 +103,7 @@ def stopped(story: Story) -> set[str]:
     return {name for name, fit in found.items() if fit.get("stopped") is True}
 
 
-@pytest.fixture(scope="session")  # pytest -n may put another module's test in between
+@pytest.fixture(scope="module")
 def story(tmp_path_factory, slurm):
     here = tmp_path_factory.mktemp("study")
     (here / "my_model.py").write_text(TEMPLATE)
