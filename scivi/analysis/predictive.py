@@ -171,9 +171,9 @@ def loo(
             p_loo are those of all.
 
     Returns:
-        Dim variable, one entry per observed site (or the one entry "row"): elpd, se (NaN of a single row), p_loo
-        (NaN where rows have latents), n, bad_share (of rows with k-hat above threshold), ok (none above one
-        per cent).
+        Dim variable, one entry per observed site (or the one entry "row"): elpd, se (NaN of a single row),
+        p_loo (NaN where rows have latents), n, bad_share (of rows with k-hat above threshold), ok (none above
+        one per cent).
         elpd_<site> and k_hat_<site> per row.
 
     Raises:
