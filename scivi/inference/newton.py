@@ -26,12 +26,12 @@ from scivi.models.guides import JointNormalGuide
 
 # A step's reach on the unbounded scale, where 1 is a factor of e for a positive global (our choice).
 _FARTHEST = 2.0
-_STALE = 0.3  # posterior sd; after a longer step the curvature is worked out anew (our choice)
-_COARSE = 0.3  # posterior sd; where fine nodes correct by more, all rows get more nodes (our choice)
-_ROUGH, _MOST_ROUNDS = 0.5, 4  # posterior sd; beyond it fine nodes correct again, so often (our choice)
+# Posterior sd, our choice. No farther from where they were worked out do curvature and fine nodes hold; and
+# where what fine nodes add is known no better than _VAGUE from some rows, all get more nodes.
+_FAR, _VAGUE = 0.3, 0.1
 
 Derivatives = tuple[Tensor, Tensor, Tensor]
-Gradient = Callable[[Tensor, Callable[[int], Iterable[Batch]], int], tuple[Tensor, Tensor]]
+Gradient = Callable[[Tensor, Iterable[Batch], int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Newton:
     Args:
         loc: mode of the globals' posterior on the unbounded scale, (D,).
         covariance: inverse of the negative Hessian there, (D, D).
-        step_sd: size of the last step on coarse nodes, in posterior sd, the largest of the coordinates.
+        step_sd: size of the last step, in posterior sd, the largest of the coordinates.
         steps: steps taken before it.
         nodes: Gauss-Hermite nodes per local dimension at the end.
-        node_error_sd: by how much going from coarse to fine nodes moved the mode, in posterior sd; what the
+        node_error_sd: by how much going from coarse to fine nodes moves the mode, in posterior sd; what the
             fine ones leave is far smaller.
         log_evidence: Laplace estimate of the log evidence, nats.
     """
@@ -93,8 +93,8 @@ def newton_finish(
         rows: of the data.
         per_dim: Gauss-Hermite nodes per local dimension: coarse ones as in training, fine ones twice as many
             and one.
-        gradient: log marginal and its gradient at a point, over batches of rows on so many nodes; worked out
-            here if None.
+        gradient: log marginal and its gradient at a point, (chunk, 1 + D), of batches of rows on so many
+            nodes; worked out here if None.
         fine: correct the coarse answer by the fine nodes.
         max_steps: Newton steps at most.
         tolerance: stop when no coordinate moved by more, in posterior sd; the next step would be far smaller.
@@ -107,13 +107,27 @@ def newton_finish(
         absent = "no full-rank joint normal holds all globals (scivi.models.guides.global_normal)"
         raise Unsupported(f"the Newton finish cannot be had: {plan.refusal or absent}.")
     hill = _Hill(bound, module, plan, rows, gradient)
-    top = _climb(hill, summing_nodes(plan.dims, per_dim), max_steps, tolerance)
-    fine = fine and 0 < plan.dims <= GRID_DIMS  # random nodes are no finer for that
-    theta, value, covariance, node_error = _refine(hill, top, per_dim, fine)
-    evidence = float(value) + 0.5 * float(torch.logdet(covariance)) + 0.5 * len(theta) * math.log(2 * math.pi)
-    loc, covariance = theta.to(module.loc), covariance.to(module.loc)
-    nodes = fine_nodes(per_dim) if fine else top.nodes
-    return Newton(loc, covariance, top.step_sd, top.taken, nodes, node_error, evidence)
+    finest = fine_nodes(per_dim) if fine and 0 < plan.dims <= GRID_DIMS else 0  # random ones are no finer
+    return _climb(hill, per_dim, finest, max_steps, tolerance)
+
+
+@dataclass(frozen=True)
+class _View:
+    """Of the log posterior near ``theta``: the normal's covariance, and what fine nodes add, with its slope.
+
+    ``vague`` is the standard error of where they put the mode, in posterior sd.
+    """
+
+    theta: Tensor
+    covariance: Tensor
+    added: Tensor
+    tilt: Tensor
+    vague: float
+
+    @property
+    def correction(self) -> float:
+        """By how much fine nodes move the mode, in posterior sd."""
+        return float((self.covariance @ self.tilt / self.covariance.diagonal().sqrt()).abs().max())
 
 
 @dataclass(frozen=True)
@@ -126,11 +140,9 @@ class _Hill:
     rows: Rows
     gradient: Gradient | None
 
-    def _marginal(
-        self, theta: Tensor, batches: Callable[[int], Iterable[Batch]], n: int, curved: bool
-    ) -> Derivatives:
+    def _marginal(self, theta: Tensor, batches: Iterable[Batch], n: int, curved: bool) -> Derivatives:
         def of_rows(at: Tensor) -> Iterator[Tensor]:
-            return (log_marginal(self.bound, self.module, at, each, self.plan, n) for each in batches(n))
+            return (log_marginal(self.bound, self.module, at, each, self.plan, n) for each in batches)
 
         return differentiate(of_rows, theta, curved, self.module.loc.dtype)
 
@@ -140,92 +152,82 @@ class _Hill:
 
         return differentiate(of_globals, theta, curved, self.module.loc.dtype)
 
-    def sloped(
-        self, theta: Tensor, batches: Callable[[int], Iterable[Batch]], n: int
-    ) -> tuple[Tensor, Tensor]:
-        """Log marginal of these rows on so many nodes, and its slope."""
+    def _sloped(self, theta: Tensor, batches: Iterable[Batch], n: int) -> Tensor:
+        """Log marginal of these rows on so many nodes and its slope, (chunk, 1 + D)."""
         if self.gradient is not None:
             return self.gradient(theta, batches, n)
-        return self._marginal(theta, batches, n, False)[:2]
+        found = [self._marginal(theta, [each], n, False) for each in batches]
+        return torch.stack([torch.cat([value.reshape(1), slope]) for value, slope, _ in found])
 
     def posterior(self, theta: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Log posterior density on so many nodes, unnormalised, and its slope."""
-        value, slope = self.sloped(theta, self.rows.all, n)
-        prior = self._prior(theta, False)
-        return prior[0] + value, prior[1] + slope
+        rows, (value, slope, _) = self._sloped(theta, self.rows.all(n), n).sum(0), self._prior(theta, False)
+        return value + rows[0], slope + rows[1:]
 
-    def covariance(self, theta: Tensor, n: int) -> Tensor:
-        """Of the normal with the curvature there."""
-        bend = self._marginal(theta, self.rows.some, n, True)[2]
-        return torch.linalg.inv(_positive(-self.rows.weight * bend - self._prior(theta, True)[2]))
+    def view(self, theta: Tensor, bent: int, nodes: int, fine: int) -> _View:
+        """The curvature on ``bent`` nodes, and what ``fine`` ones (0: none) add to so many."""
+        bend = self._marginal(theta, self.rows.some(bent), bent, True)[2]
+        covariance = torch.linalg.inv(_positive(-self.rows.weight * bend - self._prior(theta, True)[2]))
+        if not fine:
+            return _View(theta, covariance, 0.0 * theta[0], torch.zeros_like(theta), 0.0)
+        value, slope, error = self._finer(theta, fine, nodes)
+        vague = (covariance @ error @ covariance).diagonal() / covariance.diagonal()
+        return _View(theta, covariance, value, slope, float(vague.sqrt().max()))
+
+    def _finer(self, theta: Tensor, fine: int, coarse: int) -> Derivatives:
+        """What fine nodes add to the log posterior and to its slope, and the latter's error, a covariance.
+
+        How it varies among chunks of the rows tells the error; one chunk alone does not, NaN.
+        """
+        batches = list(self.rows.some(fine))
+        own = self._sloped(theta, batches, fine) - self._sloped(theta, batches, coarse)
+        total, n = own.sum(0), len(batches)
+        counts = total.new_tensor([each.n_rows() for each in batches])
+        away = (own - counts[:, None] / counts.sum() * total)[:, 1:]
+        unseen = self.rows.weight * (self.rows.weight - 1)
+        if unseen:
+            unseen *= n / (n - 1) if n > 1 else math.nan
+        return self.rows.weight * total[0], self.rows.weight * total[1:], unseen * away.mT @ away
 
 
-@dataclass(frozen=True)
-class _Top:
-    """Where a climb on so many nodes ended: the last step's length in sd, and how many were taken."""
+def _climb(hill: _Hill, per_dim: int, fine: int, max_steps: int, tolerance: float) -> Newton:
+    """Newton steps, halved where they overshoot, until the next is small; that one is taken, too.
 
-    theta: Tensor
-    value: Tensor
-    slope: Tensor
-    covariance: Tensor
-    nodes: int
-    step_sd: float
-    taken: int
-
-
-def _climb(hill: _Hill, nodes: int, max_steps: int, tolerance: float) -> _Top:
-    """Newton steps, halved where they lead down."""
-    loc = hill.module.loc
-    theta, step_sd, taken, stale = loc.detach().double(), math.inf, 0, False
-    (value, slope), covariance = hill.posterior(theta, nodes), hill.covariance(theta, nodes)
-    while taken < max_steps:
-        step, sd = covariance @ slope, covariance.diagonal().sqrt()
-        step_sd = float((step / sd).abs().max())
-        if step_sd < tolerance:  # a step this small is taken afterwards, with the fine nodes'
+    All rows have coarse nodes; what fine ones add to the slope is taken for a constant near where it was
+    worked out on some. Steps go by slopes alone: values of the marginal also change as its nodes move, and
+    slopes are those of nodes that stay.
+    """
+    theta, few = hill.module.loc.detach().double(), hill.gradient is None
+    coarse = nodes = summing_nodes(hill.plan.dims, per_dim)
+    here, view = hill.posterior(theta, nodes), hill.view(theta, coarse, nodes, fine)
+    covariance, node_error, taken, away = view.covariance, view.correction, 0, 0.0
+    while True:
+        if nodes < per_dim and not view.vague <= _VAGUE:
+            nodes = per_dim
+            here, view = hill.posterior(theta, nodes), hill.view(theta, coarse, nodes, fine)
+        slope = here[1] + view.tilt
+        step = covariance @ slope
+        step_sd = float((step / covariance.diagonal().sqrt()).abs().max())
+        done = taken == max_steps or step_sd < (_FAR if fine and not away else tolerance)
+        if away > _FAR and (done or few):
+            view, away = hill.view(theta, coarse, nodes, fine), 0.0
+            covariance = view.covariance
+            continue
+        if done:
             break
         length = min(1.0, float(_FARTHEST / step.abs().max()))
-        enough = value - 10 * abs(float(value)) * torch.finfo(loc.dtype).eps  # less its rounding
         while True:
             ahead = hill.posterior(theta + length * step, nodes)
-            if ahead[0] >= enough or length <= 1e-4:  # NaN is not enough
+            if step @ (ahead[1] + view.tilt) >= -0.5 * step @ slope or length <= 1e-4:  # NaN is neither
                 break
             length *= 0.5
-        moved, turned = length * step, slope - ahead[1]
-        theta, (value, slope), taken = theta + moved, ahead, taken + 1
-        if hill.gradient is not None:
-            covariance, stale = _secant(covariance, moved, turned), stale or step_sd > _STALE
-        elif step_sd > _STALE:  # few rows, and far to go: a new curvature is cheap
-            covariance = hill.covariance(theta, nodes)
-    if stale:
-        covariance = hill.covariance(theta, nodes)
-    return _Top(theta, value, slope, covariance, nodes, step_sd, taken)
-
-
-def _refine(hill: _Hill, top: _Top, per_dim: int, fine: bool) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The last steps, with what fine nodes would change: mode, density, covariance, and by how much in sd."""
-    rows, coarse = hill.rows, top.nodes
-    theta, value, slope, covariance = top.theta, top.value, top.slope, top.covariance
-    difference, node_error = torch.zeros_like(slope), math.nan
-    for _ in range(_MOST_ROUNDS):
-        sd = covariance.diagonal().sqrt()
-        if fine:
-            (v_fine, s_fine), (v, s) = (
-                hill.sloped(theta, rows.some, n) for n in (fine_nodes(per_dim), coarse)
-            )
-            value, difference = value + rows.weight * (v_fine - v), rows.weight * (s_fine - s)
-        correction = float((covariance @ difference / sd).abs().max())
-        node_error = correction if fine and math.isnan(node_error) else node_error
-        if fine and rows.weight > 1 and coarse < per_dim and correction > _COARSE:
-            # so large a difference is not known well enough from some of the rows: let all have more nodes
-            coarse = per_dim
-            value, slope = hill.posterior(theta, coarse)
-            continue
-        step = covariance @ (slope + difference)
-        theta = theta + step
-        if not fine or not float((step / sd).abs().max()) > _ROUGH:
-            break
-        (value, slope), covariance = hill.posterior(theta, coarse), hill.covariance(theta, top.nodes)
-    return theta, value, covariance, node_error
+        if not few:
+            covariance = _secant(covariance, length * step, here[1] - ahead[1])
+        theta, here, taken, away = theta + length * step, ahead, taken + 1, away + length * step_sd
+    evidence = here[0] + view.added + 0.5 * (step @ slope + torch.logdet(2 * math.pi * covariance))
+    dtype = hill.module.loc.dtype
+    mode, covariance = (theta + step).to(dtype), covariance.to(dtype)
+    return Newton(mode, covariance, step_sd, taken, fine or nodes, node_error, float(evidence))
 
 
 def _secant(covariance: Tensor, step: Tensor, turned: Tensor) -> Tensor:

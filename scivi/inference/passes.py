@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -39,25 +39,24 @@ class Passes:
         self.wanted = self.asked or (plan.compile == "auto" and work >= MANY)
         self.names = [n for n, _ in (*bound.nets.named_parameters(), *bound.nets.named_buffers())]
         self.own = [p.detach() for p in bound.nets.parameters()] + [*bound.nets.buffers()]
-        self.form: dict[int, tuple[object, ...]] = {}  # of the chunks that are compiled, by nodes
-        self.ready: dict[int, Function] = {}  # those that agreed with the eager pass of this fit
+        self.ready: dict[object, Function | None] = {}  # by nodes and form; None: eager
 
-    def __call__(
-        self, theta: Tensor, batches: Callable[[int], Iterable[Batch]], per_dim: int
-    ) -> tuple[Tensor, Tensor]:
-        """Log marginal of all rows, and its gradient (D,), in float64.
+    def __call__(self, theta: Tensor, batches: Iterable[Batch], per_dim: int) -> Tensor:
+        """Log marginal of each chunk of rows and its gradient, (chunk, 1 + D), in float64.
 
         Args:
             theta: globals on the unbounded scale, (D,).
-            batches: from nodes per dimension to the rows, in chunks.
+            batches: the rows, in chunks; those like the first one are worth compiling.
             per_dim: nodes per local dimension.
         """
-        at = theta.detach().to(self.module.loc.dtype)
-        value, slope = theta.new_zeros(()), torch.zeros_like(theta)
-        for batch in batches(per_dim):
-            part, own = self._chunk(at, batch, per_dim)
-            value, slope = value + part, slope + own
-        return value, slope
+        at, first, out = theta.detach().to(self.module.loc.dtype), None, []
+        for batch in batches:
+            form = Form(batch, batch.index)
+            first = first or form.key
+            run = self._ready(at, form, per_dim) if self.wanted and form.key == first else None
+            value, slope = run(at, *self.own, *form.tensors) if run else self._eager(at, batch, per_dim)
+            out.append(torch.cat([value.reshape(1), slope]).to(theta))
+        return torch.stack(out)
 
     def _eager(self, at: Tensor, batch: Batch, per_dim: int) -> tuple[Tensor, Tensor]:
         at = at.detach().requires_grad_(True)
@@ -66,19 +65,15 @@ class Passes:
             (slope,) = torch.autograd.grad(value, at)
         return value.detach(), slope
 
-    def _chunk(self, at: Tensor, batch: Batch, per_dim: int) -> tuple[Tensor, Tensor]:
-        form = Form(batch, batch.index)
-        shorter = self.form.setdefault(per_dim, form.key) != form.key  # the last chunk
-        if not self.wanted or shorter:
-            return self._eager(at, batch, per_dim)
-        if per_dim not in self.ready:
+    def _ready(self, at: Tensor, form: Form, per_dim: int) -> Function | None:
+        """The function of such chunks, if it agreed with the eager pass of this fit."""
+        key = (per_dim, form.key)
+        if key not in self.ready:
             try:
-                self.ready[per_dim] = self._function(at, form, per_dim)
+                self.ready[key] = self._function(at, form, per_dim)
             except Unsupported:
-                self.wanted = False
-                return self._eager(at, batch, per_dim)
-        value, slope = self.ready[per_dim](at, *self.own, *form.tensors)
-        return value, slope
+                self.wanted, self.ready[key] = False, None
+        return self.ready[key]
 
     def _function(self, at: Tensor, form: Form, per_dim: int) -> Function:
         """The template's function for such a chunk, if it serves, or a new one.

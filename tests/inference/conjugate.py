@@ -98,7 +98,8 @@ def whole(template: Template, data: dict[str, np.ndarray], dtype: torch.dtype = 
 
 def some_rows(batch: Batch, index: list[int]) -> Batch:
     chosen = torch.tensor(index)
-    return Batch({"y": batch.y[chosen]}, {}, batch.sizes, batch.rows, {"row": chosen})
+    values = {name: value[chosen] for name, value in batch.values.items()}
+    return Batch(values, {}, batch.sizes, batch.rows, {"row": chosen})
 
 
 def bound_to(template: Template, batch: Batch) -> Bound:

@@ -17,6 +17,7 @@ from scivi.inference.capture import captured, compiled
 from scivi.inference.marginal import Noise, layout, log_marginal, log_prior, nodes
 from scivi.inference.newton import Rows, newton_finish
 from scivi.inference.polish import polish
+from scivi.inputs.batches import Batch
 from scivi.inputs.fields import Field
 from scivi.models.binding import bind, seeded
 from scivi.models.guides import global_normal
@@ -261,6 +262,47 @@ def test_newton_over_chunks_and_from_some_rows():
     assert chunked.log_evidence == pytest.approx(
         float(conjugate.log_evidence(batch.y, conjugate.SPREAD)), abs=1e-3
     )
+
+
+def with_another_latent(off: float) -> Template:
+    """The linear model with a latent that says nothing; the guide is off by so many sd in half the rows."""
+
+    def model(batch, prior, nets):
+        linear_model(batch, prior, nets)
+        with batch.plate("row"):
+            pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    def guide(batch, prior, nets):
+        values = nets.globals(batch)
+        residual = (batch.y - values["slope"].unsqueeze(-1) * batch.x).sum(-1) / conjugate.NOISE**2
+        precision = 1 / conjugate.SPREAD**2 + 2 / conjugate.NOISE**2
+        with batch.plate("row"):
+            loc = (residual + values["mu"] / conjugate.SPREAD**2) / precision
+            wrong = off * precision**-0.5 * (batch.y[..., 0] > batch.y[..., 1])
+            pyro.sample("z", dist.Normal(loc + wrong, precision**-0.5))
+            pyro.sample("w", dist.Normal(0.0 * nets.off, 1.0))
+
+    dims = {"mu": (), "slope": (), "z": ("row",), "w": ("row",)}
+    return replace(linear, model=model, guide=guide, dims=dims)
+
+
+@pytest.mark.parametrize(("off", "chunks", "asked"), [(0.0, 4, {4}), (3.0, 4, {4, 7}), (0.0, 1, {4, 7})])
+def test_all_rows_get_more_nodes_where_some_do_not_tell_what_fine_ones_add(off, chunks, asked):
+    """Chunks alike tell that it is little; chunks that differ, or one alone, do not."""
+    data, seen = linear_data(), set()
+    template = with_another_latent(off)
+    batch = whole(template, data)
+    some = [some_rows(batch, [*range(k, 80, 4 * chunks)]) for k in range(0, 4 * chunks, 4)]
+
+    def all_rows(per_dim: int) -> list[Batch]:
+        seen.add(per_dim)
+        return [batch]
+
+    found = newton_finish(bound_to(template, batch), Rows(all_rows, lambda n: some, 4.0), 7)
+    mode, covariance, _ = linear_posterior(data)
+    sd = np.sqrt(np.diag(covariance))
+    assert seen == asked
+    np.testing.assert_allclose((found.loc.numpy() - mode) / sd, 0, atol=0.1)  # sd: the error allowed to some
 
 
 def test_only_a_full_rank_normal_of_all_globals_can_be_finished():

@@ -23,7 +23,7 @@ from scivi.errors import Unsupported
 from scivi.inference.draws import draw
 from scivi.inference.loop import fit
 from scivi.inference.plan import Plan
-from scivi.inference.state import load, save
+from scivi.inference.state import Fit, load, save
 from scivi.inputs.fields import Field
 from scivi.models.guides import global_normal
 from scivi.models.template import Template
@@ -57,9 +57,13 @@ template = Template(
 )  # fmt: skip
 
 
+def fit_from(seed: int) -> Fit:
+    return fit(template, {"y": Y}, Plan(steps=50, seed=seed), progress=False)
+
+
 @pytest.fixture(scope="module")
 def fitted():
-    return fit(template, {"y": Y}, Plan(steps=50, seed=0), progress=False)
+    return fit_from(0)
 
 
 def grid() -> tuple[np.ndarray, np.ndarray]:
@@ -71,19 +75,26 @@ def grid() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_draws_have_the_tail_that_no_normal_has(fitted):
-    """640 weighted draws, 600 effective: one sd of a share is .006 (of .02), .012 (.1, .9), .020 (.5)."""
+    """Of four fits: over eight, the shares of one scatter by .009 (of .02), .014 (.1, .9) and .028 (.5)."""
+    tau, p = grid()
+    wanted = np.array([0.02, 0.1, 0.5, 0.9])
+    places = tau[np.searchsorted(p.cumsum(), wanted)]
+    shares: dict[bool | None, np.ndarray] = {None: np.zeros(4), False: np.zeros(4)}
+    for each in (fitted, *map(fit_from, (1, 2, 3))):
+        for correct in shares:
+            tree = draw(each, {"y": Y}, 2000, seed=1, correct=correct)
+            found = np.sort(tree["posterior"]["tau"].values.ravel())
+            shares[correct] += np.searchsorted(found, places) / 2000 / 4
+    assert (np.abs(shares[None] - wanted) < 3 * np.array([0.009, 0.014, 0.028, 0.014]) / 2).all()
+    # Log tau has .010 below its lowest fiftieth in a normal with the posterior's own moments.
+    assert shares[False][0] < 0.010
+
+
+def test_draws_have_its_mean_and_carry_their_weights(fitted):
     tau, p = grid()
     tree = draw(fitted, {"y": Y}, 2000, seed=1)
-    own = draw(fitted, {"y": Y}, 2000, seed=1, correct=False)
-    found, normal = (np.sort(t["posterior"]["tau"].values.ravel()) for t in (tree, own))
-    wanted = np.array([0.02, 0.1, 0.5, 0.9])
-    shares, of_normal = (
-        np.searchsorted(f, tau[np.searchsorted(p.cumsum(), wanted)]) / 2000 for f in (found, normal)
-    )
-    assert (np.abs(shares - wanted) < [0.012, 0.03, 0.05, 0.03]).all()
-    assert of_normal[0] < 0.007
     mean, sd = float(p @ tau), float((p @ (tau - p @ tau) ** 2) ** 0.5)
-    assert found.mean() == pytest.approx(mean, abs=3 * sd / 600**0.5)
+    assert tree["posterior"]["tau"].mean() == pytest.approx(mean, abs=3 * sd / 600**0.5)  # 600 effective
     assert tree["sample_stats"]["proposal_log_weight"].shape == (1, 640)
     assert "log_q" not in tree["sample_stats"]
     assert "row_log_weight" in tree["sample_stats"]
