@@ -55,8 +55,9 @@ def fit_many(
 ) -> Fits:
     """Fit a template to every one of many independent data sets of one shape.
 
-    Each has its own parameters, optimiser, noise, stop and verdict, as if ``fit`` had been called for each;
-    only the first values of the parameters are common to all.
+    Each has its own parameters, optimiser, noise, stop and verdict, as if ``train`` had been called for each;
+    only the first values of the parameters are common to all. That with which ``fit`` ends, the finish of the
+    globals and the look beyond the guide, is left out.
 
     Args:
         template: what to fit.

@@ -97,7 +97,8 @@ def newton_finish(
             nodes; worked out here if None.
         fine: correct the coarse answer by the fine nodes.
         max_steps: Newton steps at most.
-        tolerance: stop when no coordinate moved by more, in posterior sd; the next step would be far smaller.
+        tolerance: a step shorter than this, in posterior sd of each coordinate, is the last; with fine nodes
+            one of .3, where curvature and fine nodes have just been worked out.
 
     Raises:
         Unsupported: the guide's noise cannot be laid out, or no joint normal holds all globals.
