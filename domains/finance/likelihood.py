@@ -25,7 +25,13 @@ LIGHT, HEAVY = Accuracy(nodes=7, terms=4), Accuracy(nodes=9, terms=6)
 WILD = Accuracy(nodes=15, terms=8)  # of draws far from the others: .3 nats at most, of 500 draws and 600 days
 _POLISH, _MORE = 2, 8  # half steps from quadratics found elsewhere to a draw's own; more for the wild ones,
 _SETTLED = 0.2  # sd: whose paths the last of the first still moves by more
-_AT_ONCE = 2**20  # entries of nodes x draws x series x days held at once (our choice: 4 MB a tensor)
+_AT_ONCE = 2**20  # entries, nodes x draws x series x days, of a tensor (our choice: 4 MB)
+
+
+def _pieces(draws: int, size: int) -> list[slice]:
+    """All draws, as many together as may be held, each with so many entries."""
+    together = max(1, _AT_ONCE // size)
+    return [slice(start, start + together) for start in range(0, draws, together)]
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,17 @@ class Story:
 
     def link(self, y: Tensor, present: Tensor | None = None) -> Link:
         """Log density of each day's return (*, series, day) given its two log variances."""
+        p = self.mapped(lambda value: value.unsqueeze(-1))
+        excess = y if p.drift is None else y - p.drift
 
         def of(now: Tensor, ahead: Tensor) -> Tensor:
-            loc, scale, p = self.placed(now, ahead)
-            value = shocks.log_density((y - loc) / scale, p.nu, p.nu_upper) - 0.5 * now
-            if p.rho is not None:
-                value = value - 0.5 * torch.log1p(-p.rho.square())
+            e, volume = excess * (-0.5 * now).exp(), -0.5 * now
+            if p.rho is not None:  # what costs most comes last: there are many more of ahead than of now
+                rest = (1 - p.rho.square()).sqrt()
+                slope = p.rho / (rest * p.sigma)
+                e = e / rest + slope * (p.mu + p.phi * (now - p.mu)) - slope * ahead
+                volume = volume - rest.log()
+            value = shocks.log_density(e, p.nu, p.nu_upper) + volume
             return value if present is None else torch.where(present, value, 0.0)
 
         return of
@@ -112,15 +123,18 @@ class Story:
         lead = math.prod(shape[: len(shape) - y.dim() + 1])
         flat = self.mapped(lambda v: v.expand(shape).reshape(lead, *shape[len(shape) - y.dim() + 1 :]))
         coupled, heavy = self.rho is not None, self.nu is not None
-        size = max(1, _AT_ONCE // (accuracy.nodes ** (1 + coupled) * y.numel()))
         found, unsettled = [], []
-        for start in range(0, lead, size):
-            some = flat.mapped(lambda v, start=start: v[start : start + size])
-            path, link, own = some.path(y.shape[-1]), some.link(y, present), near
+        for rows in _pieces(lead, accuracy.fit ** (1 + coupled) * y.numel()):
+            some, own = flat.mapped(lambda v, rows=rows: v[rows]), near
             if heavy:  # far from where they were found, quadratics of a heavy tail serve badly
-                own, moved = settled(path, link, coupled, replace(accuracy, steps=polish, full=0), near)
+                polished = replace(accuracy, steps=polish, full=0)
+                own, moved = settled(some.path(y.shape[-1]), some.link(y, present), coupled, polished, near)
                 unsettled.append(~(moved < _SETTLED).flatten(1).all(-1))
-            found.append(log_sum(path, link, own, coupled, accuracy)[0])
+            for few in _pieces(len(some.mu), accuracy.nodes ** (1 + coupled) * y.numel()):
+                story = some.mapped(lambda v, few=few: v[few])
+                closest = Quadratics(*(part[few] for part in own)) if heavy else own
+                path, link = story.path(y.shape[-1]), story.link(y, present)
+                found.append(log_sum(path, link, closest, coupled, accuracy)[0])
         value = torch.cat(found)
         if heavy and not wild and bool((again := torch.cat(unsettled)).any()):
             better = flat.mapped(lambda v: v[again]).log_likelihood(y, present, near, wild=True)

@@ -42,7 +42,8 @@ from torch.nn.functional import pad
 
 from scivi.models.chains import Autoregressive, GaussianChain, Moments, times
 
-Link = Callable[[Tensor, Tensor], Tensor]  # h_t and h_(t+1), (K, *, T - 1), to log p(y_t | .) likewise
+# h_t (K, 1, *, T - 1) and h_(t+1) (K, L, *, T - 1) to log p(y_t | .); L is 1 if that depends on h_t alone.
+Link = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,8 @@ class Quadratics(NamedTuple):
     def at(self, now: Tensor, ahead: Tensor) -> Tensor:
         """Their values, (*, T - 1)."""
         x, y = now - self.centre[..., :-1], ahead - self.centre[..., 1:]
-        bent = self.now_now * x.square() + 2 * self.now_ahead * x * y + self.ahead_ahead * y.square()
-        return self.now * x + self.ahead * y + 0.5 * bent
+        of_x = x * (self.now + 0.5 * self.now_now * x)
+        return of_x + y * (self.ahead + self.now_ahead * x + 0.5 * self.ahead_ahead * y)
 
     def towards(self, other: Quadratics, share: float) -> Quadratics:
         """A share of the way to others, written about their centre."""
@@ -111,41 +112,36 @@ def _ends(now: Tensor, ahead: Tensor) -> Tensor:
     return pad(now, (0, 1)) + pad(ahead, (1, 0))
 
 
-def _nodes(n: int, coupled: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Standard normal nodes in two coordinates and weights, each (K,); the second is 0 unless ``coupled``."""
-    x, w = np.polynomial.hermite_e.hermegauss(n)
-    w = w / w.sum()
-    if not coupled:
-        first, second, weight = x, 0 * x, w
-    else:
-        first, second = (a.ravel() for a in np.meshgrid(x, x, indexing="ij"))
-        weight = np.outer(w, w).ravel()
-    return like.new_tensor(first), like.new_tensor(second), like.new_tensor(weight)
+def _nodes(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard normal nodes and weights, each (n,)."""
+    x, weight = np.polynomial.hermite_e.hermegauss(n)
+    return like.new_tensor(x), like.new_tensor(weight / weight.sum())
 
 
-def _spread(values: Tensor, like: Tensor) -> Tensor:
-    """Nodes (K,) in front of the dims of ``like``."""
-    return values.reshape(-1, *[1] * like.dim())
+def _spread(x: Tensor, coupled: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes (K,) as two coordinates in front of the dims of ``like``; the second is 0 unless ``coupled``."""
+    ones = [1] * like.dim()
+    return x.reshape(-1, 1, *ones), (x if coupled else 0 * x[:1]).reshape(1, -1, *ones)
 
 
 def _fitted(link: Link, m: Moments, n: int, coupled: bool) -> Quadratics:
     """The least-squares quadratic of each link under the marginal of its ends."""
-    x, y, weight = _nodes(n, coupled, m.mean)
+    x, weight = _nodes(n, m.mean)
     first = m.variance[..., :-1].sqrt()
     slope = m.covariance / first
     second = (m.variance[..., 1:] - slope.square()).clamp_min(1e-12).sqrt()
-    zx, zy = _spread(x, first), _spread(y, first)
-    value = link(m.mean[..., :-1] + first * zx, m.mean[..., 1:] + slope * zx + second * zy)
-
-    def mean(factor: Tensor) -> Tensor:
-        return torch.tensordot(weight * factor, value, 1)
-
-    a, aa = mean(x) / first, mean(x * x - 1) / first.square()
+    zx, zy = _spread(x, coupled, first)
+    ahead = m.mean[..., 1:] + slope * zx
+    value = link(m.mean[..., :-1] + first * zx, ahead + second * zy if coupled else ahead)
+    degrees = torch.stack([weight, weight * x, weight * (x * x - 1)])
+    found = torch.tensordot(degrees, value, 1)
     if not coupled:
+        a, aa = found[1, 0] / first, found[2, 0] / first.square()
         zero = torch.zeros_like(a)
         return Quadratics(m.mean, a, zero, aa.clamp_max(0.0), zero, zero)
-    tilt = slope / first
-    b, ab, bb = mean(y) / second, mean(x * y) / first / second, mean(y * y - 1) / second.square()
+    found = torch.einsum("dl,el...->de...", degrees, found)  # degrees in y, in x
+    a, aa, b = found[0, 1] / first, found[0, 2] / first.square(), found[1, 0] / second
+    ab, bb, tilt = found[1, 1] / first / second, found[2, 0] / second.square(), slope / first
     bent = _concave(aa - 2 * tilt * ab + tilt.square() * bb, ab - tilt * bb, bb)
     return Quadratics(m.mean, a - tilt * b, b, *bent)
 
@@ -213,18 +209,26 @@ def _hermite(x: Tensor, terms: int) -> Tensor:
     return torch.stack(out[:terms], -1)
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Of matrices (N, N, *): entry by entry, where `matmul` of many small ones would take them one by one."""
+    found = left[:, :1] * right[:1]
+    for k in range(1, len(right)):
+        found = torch.addcmul(found, left[:, k : k + 1], right[k : k + 1])
+    return found
+
+
 def _first_of_product(matrices: Tensor) -> Tensor:
-    """Log of the first entry of M_1 M_2 ... M_T, from (*, T, N, N)."""
-    log, rounds = matrices.new_zeros(matrices.shape[:-3]), 0
-    while matrices.shape[-3] > 1:
+    """Log of the first entry of M_1 M_2 ... M_T, from (N, N, *, T)."""
+    log, rounds = matrices.new_zeros(matrices.shape[2:-1]), 0
+    while matrices.shape[-1] > 1:
         if rounds % 3 == 0:  # products of eight stay well inside single precision
-            size = matrices.detach().abs().amax((-1, -2), keepdim=True)
-            log, matrices = log + size.log().sum((-1, -2, -3)), matrices / size
-        n = matrices.shape[-3]
-        pairs = matrices[..., 0 : n - n % 2 : 2, :, :] @ matrices[..., 1::2, :, :]
-        matrices = torch.cat([pairs, matrices[..., n - 1 :, :, :]], -3) if n % 2 else pairs
+            size = matrices.detach().abs().amax((0, 1))
+            log, matrices = log + size.log().sum(-1), matrices / size
+        n = matrices.shape[-1]
+        pairs = _product(matrices[..., 0 : n - n % 2 : 2].contiguous(), matrices[..., 1::2].contiguous())
+        matrices = torch.cat([pairs, matrices[..., n - 1 :]], -1) if n % 2 else pairs
         rounds += 1
-    return log + matrices[..., 0, 0, 0].log()
+    return log + matrices[0, 0, ..., 0].log()
 
 
 def log_sum(
@@ -248,44 +252,45 @@ def log_sum(
     constant = prior.log_prob(mean) + near.at(now, ahead).sum(-1) - chain.log_prob(mean)
     sd = variance.sqrt()
     correlation = covariance / (sd[..., 1:] * sd[..., :-1])
-    x, y, weight = _nodes(accuracy.nodes, coupled, mean)
-    zx, zy = _spread(x, correlation), _spread(y, correlation)
-    z_ahead = correlation * zx + (1 - correlation.square()).clamp_min(1e-12).sqrt() * zy
-    h_now, h_ahead = now + sd[..., :-1] * zx, ahead + sd[..., 1:] * z_ahead
+    rest = (1 - correlation.square()).clamp_min(1e-12).sqrt()
+    x, weight = _nodes(accuracy.nodes, mean)
+    zx, zy = _spread(x, coupled, correlation)
+    h_now, h_ahead = now + sd[..., :-1] * zx, ahead + sd[..., 1:] * correlation * zx
+    if coupled:
+        h_ahead = h_ahead + sd[..., 1:] * rest * zy
     ratio = (link(h_now, h_ahead) - near.at(h_now, h_ahead)).exp()
-    # GEMMs with constant matrices, whatever the correlation is
-    constants, powers = _tables(accuracy.terms, x, y, weight, coupled)
-    weighed = (ratio.flatten(1).mT @ constants).unflatten(0, ratio.shape[1:])
-    if not coupled:
-        matrices = weighed.unflatten(-1, (accuracy.terms, accuracy.terms))
-        matrices = matrices * correlation[..., None, None].pow(powers[0])
-    else:
-        rest = (1 - correlation.square()).clamp_min(1e-12).sqrt()
-        share = correlation.unsqueeze(-1).pow(powers[0]) * rest.unsqueeze(-1).pow(powers[1])
-        matrices = (weighed.unflatten(-1, (accuracy.terms, -1)) * share.unsqueeze(-2)) @ powers[2]
+    matrices = _in_polynomials(ratio, x, weight, accuracy.terms, correlation, rest)
     return constant + _first_of_product(matrices), chain
 
 
-def _tables(
-    terms: int, x: Tensor, y: Tensor, weight: Tensor, coupled: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Weights of the nodes that make the matrices M_t from the ratios at the nodes.
+def _in_polynomials(
+    ratio: Tensor, x: Tensor, weight: Tensor, terms: int, correlation: Tensor, rest: Tensor
+) -> Tensor:
+    """The matrices M_t, (terms, terms, *, T - 1), from exp r_t at the nodes, (K, L, *, T - 1).
 
     The second end of a link is c x + s y with independent x and y, and Hermite polynomials of a sum are
 
-        H_m(c x + s y) = sum_k binom(m, k)^(1/2) c^k s^(m - k) H_k(x) H_(m - k)(y).
+        H_m(c x + s y) = sum_j binom(m, j)^(1/2) s^j c^(m - j) H_j(y) H_(m - j)(x).
 
-    Returns:
-        Weights (K, terms x columns), a column for each k and m - k; and powers of c, powers of s, and what
-        adds the columns of one m, (columns, terms). Not coupled: a column is m, and its power of c.
+    So the sum over nodes is two of matrix products with constants, whatever the correlation c is: over y with
+    H_j(y), then over x with H_n(x) H_(m - j)(x).
     """
-    of_x, of_y = _hermite(x, terms), _hermite(y, terms)
-    if not coupled:
-        both = weight[:, None, None] * of_x.unsqueeze(-1) * of_x.unsqueeze(-2)
-        return both.flatten(1), (torch.arange(terms, device=x.device),)
-    k, j = (a.flatten() for a in torch.meshgrid(torch.arange(terms), torch.arange(terms), indexing="ij"))
-    k, j = (a[k + j < terms].to(x.device) for a in (k, j))
-    root = torch.tensor([math.comb(int(a + b), int(a)) ** 0.5 for a, b in zip(k, j, strict=True)]).to(x)
-    columns = of_x[:, k] * of_y[:, j] * root
-    add = torch.nn.functional.one_hot(k + j, terms).to(x)
-    return (weight[:, None, None] * of_x.unsqueeze(-1) * columns.unsqueeze(-2)).flatten(1), (k, j, add)
+    hermite = _hermite(x, terms)
+    powers = [torch.ones_like(correlation)]
+    for _ in range(1, terms):
+        powers.append(powers[-1] * correlation)
+    power = torch.stack(powers)
+    shape, weighed = correlation.shape, weight[:, None] * hermite
+    coupled = ratio.shape[1] > 1
+    of_y = weighed.mT @ ratio.flatten(2) if coupled else ratio.flatten(2)  # (K, j, *)
+
+    def of_degree(j: int) -> Tensor:
+        root = x.new_tensor([math.comb(k + j, j) ** 0.5 for k in range(terms - j)])
+        table = weighed.unsqueeze(-1) * (hermite[:, : terms - j] * root).unsqueeze(-2)
+        found = (table.flatten(1).mT @ of_y[:, j]).reshape(terms, terms - j, *shape)
+        return found * power[: terms - j]
+
+    matrices = of_degree(terms - 1 if coupled else 0)
+    for j in reversed(range(terms - 1 if coupled else 0)):
+        matrices = of_degree(j) + pad(matrices * rest, (0, 0) * len(shape) + (1, 0))
+    return matrices
