@@ -4,7 +4,7 @@
 
     S&P 500   fitted to 1999-2014 with some seeds; it foretells the last 1000 days of 2015-2018, without refit
     noise     as many simulated returns, independent and identical: the states must go unused
-    stocks    fitted to five stocks until 2014, it foretells five others in 2015-2018, beside a fit to those
+    stocks    fitted to ten stocks until 2014, it foretells ten others in 2015-2018, beside a fit to those
 
 Figures:
     neural_log_score_seed_K, neural_log_score_min: mean log density of a day's return, nats.
@@ -12,7 +12,7 @@ Figures:
     neural_crps: of seed 0, percent. fit_s: a fit to the S&P 500.
     kl_per_day, sd_h: divergence of the states' posterior from their prior, nats per day, and standard
         deviation over days of the mean log variance, of seed 0. kl_per_day_iid, sd_h_iid: of the noise.
-    amortisation_loss: what the five stocks lose by being foretold by a fit to the others, nats per day.
+    amortisation_loss: what the ten stocks lose by being foretold by a fit to the others, nats per day.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from record import use_threads, write_json
 import scivi
 from domains.finance import neural_forecasts, neural_volatility, returns
 
-STOCKS = Path(__file__).resolve().parents[2] / "shared" / "data" / "returns" / "us_stocks_panel_1990_2018.csv"
-TRAINED_UNTIL, TESTED_FROM, TESTED = "2014-12-31", "2015-01-01", 1000
+TRAINED_UNTIL, TESTED_FROM, TESTED_UNTIL, TESTED = "2014-12-31", "2015-01-01", "2018-12-31", 1000
 
 
 def index() -> xr.Dataset:
@@ -38,6 +37,15 @@ def index() -> xr.Dataset:
     from arch.data import sp500
 
     return returns.from_prices(sp500.load()[["Adj Close"]])
+
+
+def stocks(file: Path | None) -> xr.Dataset:
+    """Returns of a file's stocks; without a file, of the twenty that come with the package skfolio."""
+    if file:
+        return returns.from_returns(pd.read_csv(file, index_col=0, parse_dates=True))
+    from skfolio.datasets import load_sp500_dataset
+
+    return until(returns.from_prices(load_sp500_dataset()), TESTED_UNTIL)
 
 
 def noise(like: xr.Dataset) -> xr.Dataset:
@@ -65,7 +73,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=neural_volatility.template.plan["steps"])
     parser.add_argument("--seeds", type=int, default=3, help="how many, of the S&P 500")
-    parser.add_argument("--stocks", type=Path, default=STOCKS, help="a table of returns, percent, by day")
+    parser.add_argument("--stocks", type=Path, metavar="CSV", help="returns, percent, by day; not skfolio's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     given = parser.parse_args()
     use_threads(1)
@@ -93,18 +101,15 @@ def main() -> None:
     unused = neural_volatility.collapse(drawn)
     figures |= {f"{name}_iid": float(unused[name]) for name in ("kl_per_day", "sd_h")}
 
-    if given.stocks.exists():
-        panel = returns.from_returns(pd.read_csv(given.stocks, index_col=0, parse_dates=True))
-        ours, others = panel.isel(series=slice(0, None, 2)), panel.isel(series=slice(1, None, 2))
-        found = [
-            neural_forecasts.filtered(fitted(until(t, TRAINED_UNTIL), given.steps, 0), ours, TESTED_FROM)
-            for t in (ours, others)
-        ]
-        own, lent = (one["log_score"].mean("day").to_series() for one in found)
-        print(pd.DataFrame({"own": own, "lent": lent}).round(4))
-        figures["amortisation_loss"] = float(own.mean() - lent.mean())
-    else:
-        print(f'no stocks: there is no "{given.stocks}"; name a table by --stocks')
+    panel = stocks(given.stocks)
+    ours, others = panel.isel(series=slice(0, None, 2)), panel.isel(series=slice(1, None, 2))
+    found = [
+        neural_forecasts.filtered(fitted(until(t, TRAINED_UNTIL), given.steps, 0), ours, TESTED_FROM)
+        for t in (ours, others)
+    ]
+    own, lent = (one["log_score"].mean("day").to_series() for one in found)
+    print(pd.DataFrame({"own": own, "lent": lent}).round(4))
+    figures["amortisation_loss"] = float(own.mean() - lent.mean())
 
     print("\n".join(f"{name:28s} {value:.4f}" for name, value in sorted(figures.items())))
     write_json(given.json, (__doc__ or "").split("\n")[0], figures, {"steps": given.steps})
