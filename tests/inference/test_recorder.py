@@ -150,6 +150,7 @@ def test_the_loaders_share_is_that_of_the_time_since_the_entry_before(knobs):
     assert ((share > 0) & (share < 1)).all()
 
 
+@pytest.mark.eager  # its clock goes on in `update`, which a captured step does not call
 def test_a_step_that_waits_for_its_rows_counts_as_loading(monkeypatch):
     clock = [0.0]  # as if the first batch took 3 s, and everything else no time but 1 s a step
 
