@@ -92,7 +92,9 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
         stepper = stepper_for(state, objective, plan)
     if state.good is None or not state.window:  # resumed between two entries, it keeps the one before
         state.good = state.pack()
+    waited = 0.0
     while not (state.stopped or _ended(state, plan)):
+        state.feed.waited()  # for batches that were read beside the steps, which their time does not hold
         begun, first = time.perf_counter(), state.step
         state.team.deadline = begun + plan.save_every_s
         with state.sampling():
@@ -104,13 +106,14 @@ def train(template: Template, data: Any, plan: Plan, *, state: State | None = No
         state.engine = stepper.told
         elapsed = time.perf_counter() - begun
         state.wall_s += elapsed
+        waited += state.feed.waited()
         if not is_finite(state.window):
             _go_back(state, objective, plan, state.good)
             continue
         now = read_window(state.window)
         if state.step % plan.log_every == 0 or _ended(state, plan):
-            _log(state, plan, now)
-            state.window = {}
+            _log(state, plan, now, waited)
+            state.window, waited = {}, 0.0
             _consider(state, plan)
             state.good = state.pack()
         yield Progress(state.step, now["objective"], now["grad_norm"], (state.step - first) / elapsed, state)
@@ -142,7 +145,7 @@ def _ended(state: State, plan: Plan) -> bool:
     return state.step >= _last(state, plan)
 
 
-def _log(state: State, plan: Plan, now: Mapping[str, float]) -> None:
+def _log(state: State, plan: Plan, now: Mapping[str, float], waited: float) -> None:
     first = state.bound.template.row_dims[0]
     since = state.history[-1]["wall_s"] if state.history else 0.0
     extra = {
@@ -152,7 +155,7 @@ def _log(state: State, plan: Plan, now: Mapping[str, float]) -> None:
         "rows_per_batch": state.feed.size_of(first) or state.feed.sizes[first],
         "signal_to_noise": signal_to_noise(state.optimiser),
         "wall_s": state.wall_s,
-        "loader_share": min(1.0, state.feed.waited() / (state.wall_s - since)),
+        "loader_share": waited / (state.wall_s - since),
     }
     state.history.append({**extra, **now})
 
